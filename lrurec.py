@@ -1,0 +1,779 @@
+# SPDX-License-Identifier: MIT
+"""LRURec in NumPy: linear recurrent units for sequential recommendation, gradients by hand.
+
+Read first
+    [1] Yue et al., Linear Recurrent Units for Sequential Recommendation, WSDM 2024,
+        arXiv 2310.02367: the model, and the recursive parallelization (Algorithm 1).
+    [2] Orvieto et al., Resurrecting Recurrent Neural Networks for Long Sequences, ICML 2023,
+        arXiv 2303.06349: the LRU, the ring of eigenvalues, the gain gamma.
+
+The model
+    x = LayerNorm(dropout(E[items]))                             one row per event
+    in each block:
+        u_n = gamma * (x_n B + b_B)                              real in, complex out
+        h_n = lam * h_{n-1} + u_n                                the only line that looks back
+        x   = LayerNorm(x + dropout(Re(h C) + b_C))
+        x   = LayerNorm(x + dropout(dropout(GELU(x W1 + b1)) W2 + b2))
+    logits = x E^T + output_bias                                 E is the input embedding again
+
+Sizes                                                  Symbols
+    N  rows: the events of all users in a batch,       E, B, C, W1, W2, b*  parameters
+       one after another, without padding              lam    eigenvalues, exp(-exp(nu_log)
+    V  items, ids 1..V; id 0 is "nothing yet"                 + i exp(theta_log)), |lam| < 1
+    D  model width (64)                                gamma  exp(gamma_log), the input gain
+    H  complex state width (2 D)                       u, h   the recurrence's input and state
+    F  feed-forward width (4 D)                        g      the adjoint state, dL/dh through
+    K  blocks (2)                                             all later rows
+
+Walls. starts[n] is True where a user's events begin: the state is zero before row n. A wall
+always stands before row 0.
+
+Gradients. The gradient of `name` is `dname`. For a complex z it is stored as
+dL/d(Re z) + i dL/d(Im z), so that dL = Re(conj(dz) * change of z) and z - lr * dz descends.
+Two rules follow: through z = a w comes da = dz conj(w), and through y = Re(z) comes dz = dy.
+
+Where we leave the paper. We follow the authors' code, where block and training differ from the
+paper's text: there is no feed-through D x (the residual carries x), the one LayerNorm of each
+half stands after its residual, input and output projections have biases, and the softmax runs
+over V+1 columns, item 0 included. Beyond that code: GELU in its tanh form (there erf), and no
+padding, so events stand in one row with walls (there: a rectangle, padded to a power of two).
+"""
+import importlib
+import json
+import math
+import os
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------
+# Array backend: every array below is made by xp, which is NumPy or, on request, CuPy.
+
+xp = np
+LOGITS_PER_CHUNK = 2 ** 18        # cross-entropy works on so many logits at once: 1 MB, in cache
+
+
+def use_device(device):
+    """Put all later work on "cpu" (NumPy) or "gpu" (CuPy). Raises RuntimeError if it cannot."""
+    global xp, LOGITS_PER_CHUNK
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
+    if device == "cpu":
+        xp, LOGITS_PER_CHUNK = np, 2 ** 18
+        return
+    try:
+        cupy = importlib.import_module("cupy")
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        raise RuntimeError("the GPU needs CuPy, which is not installed: python -m pip install "
+                           "cupy-cuda12x (or cupy-cuda13x, as your CUDA is)") from None
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(f"CuPy finds no usable NVIDIA GPU ({error}); use the CPU, or install "
+                           "a driver that fits your CUDA") from None
+    xp, LOGITS_PER_CHUNK = cupy, 2 ** 26           # a GPU wants few, large operations
+
+
+def to_host(array):
+    """The same values as a NumPy array."""
+    return array if isinstance(array, (np.ndarray, np.generic)) else array.get()
+
+
+def real_view(z):
+    """The same memory, a complex (..., M) array as real (..., 2M): re, im, re, im, ..."""
+    return z.view(z.real.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers: each forward returns (out, cache); its backward stands directly below, and returns
+# the gradients of the forward's array inputs, in their order.
+
+def linear_forward(x, W, b):
+    """out = x W + b.    x (N, I), W (I, O), b (O,) -> out (N, O)"""
+    out = x @ W
+    out += b
+    return out, (x, W)
+
+
+def linear_backward(dout, cache):
+    """dout (N, O) -> dx (N, I), dW (I, O), db (O,)
+
+    Derivative: dx = dout W^T, dW = x^T dout, db = sum over rows of dout.
+    """
+    x, W = cache
+    return dout @ W.T, x.T @ dout, dout.sum(0)
+
+
+GELU_C = math.sqrt(2 / math.pi)
+GELU_A = 0.044715
+
+
+def gelu_forward(x):
+    """out = x/2 (1 + t), t = tanh(c (x + a x^3)), c = sqrt(2/pi), a = 0.044715.   x (...)
+
+    The tanh form of Hendrycks and Gimpel, arXiv 1606.08415.
+    """
+    t = x * x
+    t *= GELU_C * GELU_A
+    t += GELU_C
+    t *= x
+    xp.tanh(t, out=t)
+    out = t + 1
+    out *= x
+    out *= 0.5
+    return out, (x, t)
+
+
+def gelu_backward(dout, cache):
+    """dout (...) -> dx (...)
+
+    Derivative: dx = dout (1/2 (1 + t) + x/2 (1 - t^2) c (1 + 3 a x^2)).
+    """
+    x, t = cache
+    slope = x * x
+    slope *= 3 * GELU_A * GELU_C
+    slope += GELU_C
+    slope *= x
+    slope *= 1 - t * t
+    slope += t
+    slope += 1
+    slope *= 0.5
+    slope *= dout
+    return slope
+
+
+def layer_norm_forward(x, scale, shift, eps=1e-5):
+    """out = scale * xhat + shift, xhat = (x - mean) / sqrt(var + eps), mean and var per row.
+
+    x (N, D), scale (D,), shift (D,) -> out (N, D)
+    """
+    average = xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)   # a product: short rows sum slowly
+    xhat = x - x @ average
+    rstd = 1 / xp.sqrt((xhat * xhat) @ average + eps)             # (N, 1)
+    xhat *= rstd
+    out = xhat * scale
+    out += shift
+    return out, (xhat, rstd, scale, average)
+
+
+def layer_norm_backward(dout, cache):
+    """dout (N, D) -> dx (N, D), dscale (D,), dshift (D,)
+
+    Derivative: with dxhat = dout * scale and means taken per row,
+    dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)); the two means are what is lost
+    to the mean's and the variance's own dependence on x. dscale = sum of dout * xhat.
+    """
+    xhat, rstd, scale, average = cache
+    dx = dout * scale
+    along = dx * xhat
+    along = xhat * (along @ average)
+    dx -= dx @ average
+    dx -= along
+    dx *= rstd
+    return dx, (dout * xhat).sum(0), dout.sum(0)
+
+
+def dropout_forward(x, p, rng):
+    """out = x * mask, mask 0 with probability p, else 1/(1-p) (inverted dropout).   x (N, D)
+
+    p = 0 draws nothing from rng, a NumPy Generator, and returns x itself.
+    """
+    if p == 0:
+        return x, None
+    keep = _random_uint16(x.shape, rng) >= round(p * 2 ** 16)
+    mask = keep * xp.asarray(1 / (1 - p), x.dtype)
+    return x * mask, mask
+
+
+def dropout_backward(dout, mask):
+    """dout (N, D) -> dx (N, D)
+
+    Derivative: dx = dout * mask, the same mask.
+    """
+    return dout if mask is None else dout * mask
+
+
+def _random_uint16(shape, rng):
+    """Four 16-bit numbers from each 64-bit draw: a third of the time of as many floats."""
+    size = math.prod(shape)
+    if xp is np:
+        bits = rng.integers(2 ** 64 - 1, size=-(-size // 4), dtype=np.uint64, endpoint=True)
+        return bits.view(np.uint16)[:size].reshape(shape)
+    return _gpu_kernels()["random"](int(rng.integers(2 ** 63)), size=size).reshape(shape)
+
+
+def embedding_forward(E, items):
+    """out = E[items].    E (V+1, D), items (N,) int -> out (N, D)"""
+    return E[items], (E.shape, items)
+
+
+def embedding_backward(dout, cache):
+    """dout (N, D) -> dE (V+1, D)
+
+    Derivative: row v of dE is the sum of dout over the rows where items = v.
+    """
+    shape, items = cache
+    dE = xp.zeros(shape, dout.dtype)
+    if xp is np:                                   # sorted runs, summed: twice as fast as add.at
+        order = np.argsort(items, kind="stable")
+        sorted_items = items[order]
+        first = np.flatnonzero(np.diff(sorted_items, prepend=-1))
+        dE[sorted_items[first]] = np.add.reduceat(dout[order], first, axis=0)
+    else:
+        xp.add.at(dE, items, dout)
+    return dE
+
+
+def cross_entropy_forward(logits, targets, weights):
+    """loss = sum over rows of weight * (log sum_v exp(logit_v) - logit_target).
+
+    logits (N, V+1), targets (N,) int, weights (N,) -> loss, a scalar. The logits are used up:
+    their memory then holds exp(logits - row maximum).
+    """
+    rows = xp.arange(len(targets))
+    logits -= logits.max(1, keepdims=True)
+    target_logits = logits[rows, targets]
+    exps = xp.exp(logits, out=logits)
+    sums = exps @ xp.ones(exps.shape[1], exps.dtype)              # (N,), again faster as a product
+    loss = weights @ (xp.log(sums) - target_logits)
+    return loss, (exps, sums, rows, targets, weights)
+
+
+def cross_entropy_backward(dloss, cache):
+    """dloss, a scalar -> dlogits (N, V+1), in the memory of the logits
+
+    Derivative: dlogits = dloss * weight * (softmax(logits) - onehot(target)).
+    """
+    exps, sums, rows, targets, weights = cache
+    dlogits = exps
+    dlogits *= (dloss * weights / sums)[:, None]
+    dlogits[rows, targets] -= dloss * weights
+    return dlogits
+
+
+# ---------------------------------------------------------------------------------------------
+# The recurrence h_n = lam * h_{n-1} + u_n, three ways, and its adjoint.
+
+def scan_loop(lam, u, starts):
+    """The definition.    lam (H,), u (N, H), starts (N,) bool -> h (N, H)"""
+    h = u.copy()
+    for n in range(1, len(h)):
+        if not starts[n]:
+            h[n] += lam * h[n - 1]
+    return h
+
+
+def scan_recursive(lam, u, starts):
+    """The paper's recursive parallelization ([1], Algorithm 1): O(N log N) work.
+
+    Solve both halves as if a wall stood between them. Row j of the right half then still lacks
+    lam^(j+1) times the left half's last state, unless a wall stands in the right half at or
+    before it. Shapes as in scan_loop.
+    """
+    if len(u) <= 1:
+        return u.copy()
+    half = len(u) // 2
+    left = scan_recursive(lam, u[:half], starts[:half])
+    right = scan_recursive(lam, u[half:], starts[half:])
+    open_rows = ~xp.logical_or.accumulate(starts[half:])          # no wall yet
+    powers = lam ** xp.arange(1, len(right) + 1)[:, None]         # (rows, H)
+    right += xp.where(open_rows[:, None], powers * left[-1], 0)
+    return xp.concatenate([left, right])
+
+
+def scan(lam, u, starts):
+    """What the model uses: O(N) work in O(log N) array operations. Shapes as in scan_loop."""
+    h = u.copy()
+    _scan_in_place(lam, h, starts)
+    return h
+
+
+def _scan_in_place(lam, h, starts):
+    """Turn h from u into the states (the prefix tree of Brent and Kung, 1982).
+
+    Count rows from 1. On the way up, at distance d = 1, 2, 4, ..., every row that is a multiple
+    of 2d takes lam^d times the row d before it: it then sums up the 2d rows that end with it.
+    On the way down, at d = ..., 4, 2, 1, every other odd multiple of d takes lam^d times the row
+    d before it, which is final by then. `walled` says for the rows so summed up whether a wall
+    stands among them: what comes from before a wall is dropped.
+    """
+    if xp is not np:                               # launches cost most: one kernel in place of 60
+        _gpu_kernels()["scan"](lam, starts, len(h), h.shape[1], h, size=h.size)
+        return
+    N = len(h)
+    walled = starts.copy()
+    product = np.empty((N // 2, *h.shape[1:]), h.dtype)
+
+    def take(to, source, lam_d):
+        source = source[:len(to)]
+        p = np.multiply(source, lam_d, out=product[:len(to)])
+        p[walls] = 0
+        to += p
+
+    d, powers = 1, [lam]
+    while 2 * d <= N:
+        walls = walled[2 * d - 1::2 * d]
+        take(h[2 * d - 1::2 * d], h[d - 1::2 * d], powers[-1])
+        walls |= walled[d - 1::2 * d][:len(walls)]
+        powers.append(powers[-1] ** 2)
+        d *= 2
+    while d > 1:
+        d //= 2
+        powers.pop()
+        walls = walled[3 * d - 1::2 * d]
+        take(h[3 * d - 1::2 * d], h[2 * d - 1::2 * d], powers[-1])
+
+
+def scan_backward(dh, lam, h, starts):
+    """dh (N, H), the loss seen from each row alone; lam (H,), h (N, H), starts (N,) as forward
+    -> dlam (H,), du (N, H)
+
+    Derivative: g_n = dh_n + conj(lam) g_{n+1}, where row n+1 is no wall: the same scan, rows
+    reversed and walls shifted by one. du = g; dlam = sum of conj(h_{n-1}) g_n over the rows
+    n >= 1 that are no walls.
+    """
+    g = dh.copy()
+    _scan_in_place(lam.conj(), g[::-1], xp.roll(starts, -1)[::-1])
+    products = h[:-1].conj()
+    products *= g[1:]
+    products[starts[1:]] = 0
+    return products.sum(0), g
+
+
+_KERNELS = {}
+
+
+def _gpu_kernels():
+    """Two small CUDA kernels (T is the arrays' own type), compiled when first used."""
+    if not _KERNELS:
+        _KERNELS["scan"] = xp.ElementwiseKernel(   # one thread walks one segment of one channel
+            "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
+            long long n = i / H, c = i % H;
+            if (n == 0 || starts[n]) {
+                T state = h[n * H + c];
+                while (++n < N && !starts[n]) {
+                    state = lam[c] * state + h[n * H + c];
+                    h[n * H + c] = state;
+                }
+            }""", "lru_scan")
+        _KERNELS["random"] = xp.ElementwiseKernel(  # splitmix64 (Steele et al. 2014) of seed + i
+            "uint64 seed", "uint16 out", """
+            unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+            out = (z ^ (z >> 31)) >> 48;""", "random_uint16")
+    return _KERNELS
+
+
+# ---------------------------------------------------------------------------------------------
+# The LRU layer: eigenvalues, the projections into and out of the complex state, all together.
+
+def lam_forward(nu_log, theta_log):
+    """lam = exp(-exp(nu_log) + i exp(theta_log)).    (H,) real, (H,) real -> (H,) complex
+
+    |lam| = exp(-exp(nu_log)) < 1 whatever nu_log is: the recurrence is stable ([2], Section 3.3).
+    """
+    nu, theta = xp.exp(nu_log), xp.exp(theta_log)
+    lam = xp.exp(-nu + 1j * theta)
+    return lam, (nu, theta, lam)
+
+
+def lam_backward(dlam, cache):
+    """dlam (H,) complex -> dnu_log (H,) real, dtheta_log (H,) real
+
+    Derivative: a change of nu_log changes lam by -nu lam, one of theta_log by i theta lam;
+    with dL = Re(conj(dlam) * change): dnu_log = -nu Re(conj(dlam) lam), and
+    dtheta_log = -theta Im(conj(dlam) lam).
+    """
+    nu, theta, lam = cache
+    pull = dlam.conj() * lam
+    return -nu * pull.real, -theta * pull.imag
+
+
+def complex_in_forward(x, B, b):
+    """out = x B + b, real in, complex out.    x (N, D), B (D, H), b (H,) -> out (N, H)
+
+    One real product: x times the real view of B, real and imaginary columns side by side.
+    """
+    out = x @ real_view(B)                         # (N, D) -> (N, 2H)
+    out += real_view(b)
+    return out.view(B.dtype), (x, B)
+
+
+def complex_in_backward(dout, cache):
+    """dout (N, H) complex -> dx (N, D) real, dB (D, H), db (H,) complex
+
+    Derivative: as in linear_backward on the real views; in complex letters
+    dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout.
+    """
+    x, B = cache
+    dx, dB, db = linear_backward(real_view(dout), (x, real_view(B)))
+    return dx, dB.view(B.dtype), db.view(B.dtype)
+
+
+def complex_out_forward(h, C, b):
+    """out = Re(h C) + b, complex in, real out.    h (N, H), C (H, D), b (D,) -> out (N, D)
+
+    Re(h C) is the real inner product of h with conj(C): again one real product.
+    """
+    C_bar = xp.ascontiguousarray(C.conj().T)       # (D, H)
+    out = real_view(h) @ real_view(C_bar).T        # (N, 2H) -> (N, D)
+    out += b
+    return out, (h, C_bar)
+
+
+def complex_out_backward(dout, cache):
+    """dout (N, D) real -> dh (N, H), dC (H, D) complex, db (D,) real
+
+    Derivative: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout.
+    """
+    h, C_bar = cache
+    dh = (dout @ real_view(C_bar)).view(h.dtype)   # (N, D) -> (N, H)
+    dC_bar = (dout.T @ real_view(h)).view(h.dtype)
+    return dh, dC_bar.conj().T, dout.sum(0)
+
+
+def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
+    """u = gamma * (x B + b_B), h_n = lam * h_{n-1} + u_n, out = Re(h C) + b_C.
+
+    x (N, D), nu_log, theta_log, gamma_log (H,), B (D, H), b_B (H,), C (H, D), b_C (D,),
+    starts (N,) -> out (N, D). cache["h"] holds the states (N, H).
+    """
+    lam, lam_cache = lam_forward(nu_log, theta_log)
+    gamma = xp.exp(gamma_log)
+    # gamma scales the columns of B and b_B: D+1 rows to multiply, where u has N
+    h, in_cache = complex_in_forward(x, gamma * B, gamma * b_B)
+    _scan_in_place(lam, h, starts)                 # from u to h
+    out, out_cache = complex_out_forward(h, C, b_C)
+    return out, dict(h=h, lam=lam, gamma=gamma, B=B, b_B=b_B, starts=starts,
+                     lam_cache=lam_cache, in_cache=in_cache, out_cache=out_cache)
+
+
+def lru_backward(dout, cache):
+    """dout (N, D) -> dx (N, D), dnu_log, dtheta_log, dgamma_log (H,), dB, db_B, dC, db_C
+
+    Derivative: back through projection, scan and projection. With B' = gamma B, b' = gamma b_B:
+    dB = gamma dB', db_B = gamma db', and dgamma_log = Re(sum of conj(B') dB' + conj(b') db'),
+    since gamma_log scales B' and b' by 1 + its change.
+    """
+    gamma, B, b_B = cache["gamma"], cache["B"], cache["b_B"]
+    dh, dC, db_C = complex_out_backward(dout, cache["out_cache"])
+    dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"])
+    dx, dB, db_B = complex_in_backward(du, cache["in_cache"])
+    dB *= gamma                                    # gamma * B was the product's factor
+    db_B *= gamma
+    dgamma_log = (B.conj() * dB).real.sum(0) + (b_B.conj() * db_B).real
+    dnu_log, dtheta_log = lam_backward(dlam, cache["lam_cache"])
+    return dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C
+
+
+# ---------------------------------------------------------------------------------------------
+# The block: an LRU, then a feed-forward network, each with dropout, residual and LayerNorm.
+
+LRU_NAMES = ["nu_log", "theta_log", "gamma_log", "B", "b_B", "C", "b_C"]
+BLOCK_NAMES = ["lru." + name for name in LRU_NAMES] + [
+    "lru_norm.scale", "lru_norm.shift", "ffn.W1", "ffn.b1", "ffn.W2", "ffn.b2",
+    "ffn_norm.scale", "ffn_norm.shift"]
+
+
+def block_forward(x, p, starts, dropout=0.0, rng=None):
+    """x = LayerNorm(x + dropout(LRU(x))); out = LayerNorm(x + dropout(FFN(x))).
+
+    x (N, D), p the block's parameters by BLOCK_NAMES, starts (N,) -> out (N, D)
+    """
+    y, lru = lru_forward(x, *(p["lru." + name] for name in LRU_NAMES), starts)
+    y, mask1 = dropout_forward(y, dropout, rng)
+    y += x
+    x, norm1 = layer_norm_forward(y, p["lru_norm.scale"], p["lru_norm.shift"])
+
+    y, linear1 = linear_forward(x, p["ffn.W1"], p["ffn.b1"])      # (N, D) -> (N, F)
+    y, gelu = gelu_forward(y)
+    y, mask2 = dropout_forward(y, dropout, rng)
+    y, linear2 = linear_forward(y, p["ffn.W2"], p["ffn.b2"])      # (N, F) -> (N, D)
+    y, mask3 = dropout_forward(y, dropout, rng)
+    y += x
+    out, norm2 = layer_norm_forward(y, p["ffn_norm.scale"], p["ffn_norm.shift"])
+    return out, dict(lru=lru, mask1=mask1, norm1=norm1, linear1=linear1, gelu=gelu,
+                     mask2=mask2, linear2=linear2, mask3=mask3, norm2=norm2)
+
+
+def block_backward(dout, cache):
+    """dout (N, D) -> dx (N, D), dp: a dict of gradients by BLOCK_NAMES
+
+    Derivative: the forward's lines, bottom to top. A residual adds: its gradient goes down
+    both branches, and where the branches part, the two gradients add up.
+    """
+    dp = {}
+    dx, dp["ffn_norm.scale"], dp["ffn_norm.shift"] = layer_norm_backward(dout, cache["norm2"])
+    dy = dropout_backward(dx, cache["mask3"])
+    dy, dp["ffn.W2"], dp["ffn.b2"] = linear_backward(dy, cache["linear2"])
+    dy = dropout_backward(dy, cache["mask2"])
+    dy = gelu_backward(dy, cache["gelu"])
+    dy, dp["ffn.W1"], dp["ffn.b1"] = linear_backward(dy, cache["linear1"])
+    dx += dy                                       # residual: skip branch + feed-forward branch
+
+    dx, dp["lru_norm.scale"], dp["lru_norm.shift"] = layer_norm_backward(dx, cache["norm1"])
+    dy = dropout_backward(dx, cache["mask1"])
+    dy, *dlru = lru_backward(dy, cache["lru"])
+    dp.update(zip(BLOCK_NAMES, dlru))              # the first names are the LRU's
+    dx += dy                                       # residual: skip branch + LRU branch
+    return dx, dp
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=None,
+                dtype=np.float32):
+    """Fresh parameters: a dict of arrays, see the table in the README. float64 for checks.
+
+    Eigenvalues uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), gamma^2 = 1 - |lam|^2;
+    everything else but the norms normal(0, 0.02), truncated at two standard deviations.
+    """
+    rng = np.random.default_rng() if rng is None else rng
+    D, H, F = d_model, d_state or 2 * d_model, d_ff or 4 * d_model
+    ctype = np.result_type(dtype, np.complex64)
+
+    def normal(*shape):
+        x = rng.normal(size=shape)
+        while (outside := abs(x) > 2).any():
+            x[outside] = rng.normal(size=outside.sum())
+        return (0.02 * x).astype(dtype)
+
+    def complex_normal(*shape):
+        return (normal(*shape) + 1j * normal(*shape)).astype(ctype)
+
+    params = {"item_embedding": normal(n_items + 1, D),
+              "embedding_norm.scale": np.ones(D, dtype), "embedding_norm.shift": np.zeros(D, dtype)}
+    for k in range(n_blocks):
+        radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # uniform in area
+        phase = 2 * math.pi * (1 - rng.random(H))                 # in (0, 2 pi]: log is finite
+        values = [np.log(-0.5 * np.log(radius2)), np.log(phase), 0.5 * np.log(1 - radius2),
+                  complex_normal(D, H), complex_normal(H), complex_normal(H, D), normal(D),
+                  np.ones(D), np.zeros(D), normal(D, F), normal(F), normal(F, D), normal(D),
+                  np.ones(D), np.zeros(D)]
+        for name, value in zip(BLOCK_NAMES, values):
+            params[f"blocks.{k}.{name}"] = value if np.iscomplexobj(value) else value.astype(dtype)
+    params["output_bias"] = normal(n_items + 1)
+    return {name: xp.asarray(value) for name, value in params.items()}
+
+
+def blocks(params):
+    """The parameters of each block, as a list of dicts by BLOCK_NAMES."""
+    n_blocks = sum(name.endswith("nu_log") for name in params)
+    return [{name: params[f"blocks.{k}.{name}"] for name in BLOCK_NAMES} for k in range(n_blocks)]
+
+
+def forward(params, items, starts, dropout=0.0, rng=None):
+    """items (N,), starts (N,) -> hidden (N, D), caches: one list entry per layer."""
+    x, embedding = embedding_forward(params["item_embedding"], items)
+    x, mask = dropout_forward(x, dropout, rng)
+    x, norm = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
+    caches = [embedding, mask, norm]
+    for p in blocks(params):
+        x, cache = block_forward(x, p, starts, dropout, rng)
+        caches.append(cache)
+    return x, caches
+
+
+def backward(dhidden, caches):
+    """dhidden (N, D), caches as of forward -> grads, all but the output layer's
+
+    Derivative: the forward's lines, bottom to top.
+    """
+    embedding, mask, norm, *block_caches = caches
+    grads, dx = {}, dhidden
+    for k in reversed(range(len(block_caches))):
+        dx, dp = block_backward(dx, block_caches[k])
+        grads.update({f"blocks.{k}.{name}": dp[name] for name in BLOCK_NAMES})
+    dx, grads["embedding_norm.scale"], grads["embedding_norm.shift"] = layer_norm_backward(dx, norm)
+    dx = dropout_backward(dx, mask)
+    grads["item_embedding"] = embedding_backward(dx, embedding)
+    return grads
+
+
+def output_loss(hidden, E, output_bias, targets):
+    """Mean cross-entropy of logits = hidden E^T + output_bias over the rows with a target.
+
+    hidden (N, D), E (V+1, D), output_bias (V+1,), targets (N,), 0 for none
+    -> loss, dhidden (N, D), dE (V+1, D), doutput_bias (V+1,)
+    Forward and backward chunk by chunk: N x V logits never exist at once.
+    """
+    weights = (targets > 0).astype(hidden.dtype)
+    weights /= xp.maximum(weights.sum(), 1)
+    loss, dhidden = 0, xp.empty_like(hidden)
+    dE, doutput_bias = xp.zeros_like(E), xp.zeros_like(output_bias)
+    n_rows = max(16, LOGITS_PER_CHUNK // len(E))
+    for n in range(0, len(hidden), n_rows):
+        rows = slice(n, n + n_rows)
+        logits, linear = linear_forward(hidden[rows], E.T, output_bias)
+        chunk_loss, cache = cross_entropy_forward(logits, targets[rows], weights[rows])
+        dlogits = cross_entropy_backward(1, cache)
+        dhidden[rows], dE_T, dbias = linear_backward(dlogits, linear)
+        loss += chunk_loss
+        dE += dE_T.T
+        doutput_bias += dbias
+    return loss, dhidden, dE, doutput_bias
+
+
+def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
+    """The training loss and its gradient.
+
+    items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool; rng, a NumPy
+    Generator, is needed where dropout > 0 -> loss (mean over the rows with a target), grads, a
+    dict like params.
+    """
+    items, targets, starts = xp.asarray(items), xp.asarray(targets), xp.asarray(starts)
+    hidden, caches = forward(params, items, starts, dropout, rng)
+    loss, dhidden, dE, doutput_bias = output_loss(
+        hidden, params["item_embedding"], params["output_bias"], targets)
+    grads = backward(dhidden, caches)
+    grads["item_embedding"] += dE                  # tied: as input and as output embedding
+    grads["output_bias"] = doutput_bias
+    return loss, {name: grads[name] for name in params}
+
+
+def encode(params, items, starts, return_state=False):
+    """items (N,), starts (N,) -> hidden (N, D), without dropout
+
+    With return_state also the state (K, segments, H) after each segment's last row, from which
+    step goes on. hidden[n] depends on row n and the rows before it, back to its wall.
+    """
+    items, starts = xp.asarray(items), xp.asarray(starts)
+    hidden, caches = forward(params, items, starts)
+    if not return_state:
+        return hidden
+    last = xp.append(xp.flatnonzero(starts[1:]), len(starts) - 1)  # the rows before a wall
+    return hidden, xp.stack([cache["lru"]["h"][last] for cache in caches[3:]])
+
+
+def score(params, hidden):
+    """hidden (..., D) -> logits (..., V+1); column 0 is -inf: nobody is recommended "nothing"."""
+    logits = hidden @ params["item_embedding"].T + params["output_bias"]
+    logits[..., 0] = -xp.inf
+    return logits
+
+
+# ---------------------------------------------------------------------------------------------
+# Incremental inference: one event in, one state on. No scan, no history.
+
+def init_state(params, n_users=1):
+    """The state of users without events: zeros (K, n_users, H), complex."""
+    B = params["blocks.0.lru.B"]
+    return xp.zeros((len(blocks(params)), n_users, B.shape[1]), B.dtype)
+
+
+def step(params, state, items):
+    """One more event for each user; the state given is not changed.
+
+    state (K, n_users, H), items (n_users,) -> hidden (n_users, D), state (K, n_users, H)
+    """
+    x = params["item_embedding"][xp.asarray(items)]
+    x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
+    new_state = xp.empty_like(state)
+    for k, p in enumerate(blocks(params)):
+        lam, _ = lam_forward(p["lru.nu_log"], p["lru.theta_log"])
+        u, _ = complex_in_forward(x, p["lru.B"], p["lru.b_B"])
+        new_state[k] = lam * state[k] + xp.exp(p["lru.gamma_log"]) * u
+        y, _ = complex_out_forward(new_state[k], p["lru.C"], p["lru.b_C"])
+        x, _ = layer_norm_forward(x + y, p["lru_norm.scale"], p["lru_norm.shift"])
+        y, _ = linear_forward(x, p["ffn.W1"], p["ffn.b1"])
+        y, _ = gelu_forward(y)
+        y, _ = linear_forward(y, p["ffn.W2"], p["ffn.b2"])
+        x, _ = layer_norm_forward(x + y, p["ffn_norm.scale"], p["ffn_norm.shift"])
+    return x, new_state
+
+
+# ---------------------------------------------------------------------------------------------
+# AdamW (Loshchilov and Hutter, arXiv 1711.05101), as PyTorch runs it
+
+DECAYED = ("item_embedding", "nu_log", "theta_log", "gamma_log", ".B", ".C", ".W1", ".W2")
+
+
+def adamw_init(params):
+    """The optimizer's state: the step count and, per parameter, the moments m and v as reals."""
+    zeros = {name: xp.zeros_like(real_view(p)) for name, p in params.items()}
+    return {"step": 0, "m": zeros, "v": {name: z.copy() for name, z in zeros.items()}}
+
+
+def adamw_update(params, grads, opt, lr, weight_decay, betas=(0.9, 0.999), eps=1e-9):
+    """One step, in place: m, v are running means of g, g^2, freed of their bias towards 0.
+
+        p <- p (1 - lr weight_decay)    where decayed, then    p <- p - lr mhat / (sqrt(vhat) + eps)
+
+    A complex entry is two real ones, each with its own v.
+    """
+    opt["step"] += 1
+    beta1, beta2 = betas
+    correction1 = 1 - beta1 ** opt["step"]
+    correction2 = 1 - beta2 ** opt["step"]
+    for name in params:
+        p, g = real_view(params[name]), real_view(grads[name])
+        m, v = opt["m"][name], opt["v"][name]
+        m *= beta1
+        m += (1 - beta1) * g
+        v *= beta2
+        v += (1 - beta2) * g * g
+        if name.endswith(DECAYED):
+            p *= 1 - lr * weight_decay
+        p -= (lr / correction1) * m / (xp.sqrt(v / correction2) + eps)
+
+
+def clip_gradients(grads, max_norm):
+    """Scale all gradients, in place, by min(1, max_norm / (norm + 1e-6)) -> the norm before.
+
+    norm = sqrt(sum of |g|^2) over all entries of all gradients. max_norm may be inf.
+    """
+    norm = sum(xp.vdot(g, g).real for g in grads.values()) ** 0.5
+    factor = xp.minimum(1, max_norm / (norm + 1e-6))
+    for g in grads.values():
+        g *= factor
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: one .npz, readable without pickle
+
+FORMAT = "lrurec 1"
+
+
+def save(path, params, **extra):
+    """Write params and extra: arrays as they are, anything else as JSON. Whole or not at all."""
+    entries = {"format": np.array(FORMAT)}
+    entries.update({"params/" + name: to_host(p) for name, p in params.items()})
+    for name, value in extra.items():
+        is_array = isinstance(value, (np.ndarray, xp.ndarray))
+        entries["array/" + name if is_array else "json/" + name] = (
+            to_host(value) if is_array else np.array(json.dumps(value)))
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **entries)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load(path):
+    """-> params, extra, as given to save. Raises ValueError where the file is not such a one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            entries = {name: file[name] for name in file.files}
+    except (OSError, MemoryError):
+        raise
+    except Exception:                              # what a damaged zip can raise has no end
+        raise ValueError(f"{path} is not a model file, or is damaged") from None
+    found = str(entries.get("format", "none"))
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found!r}; this program reads {FORMAT!r}")
+    params, extra = {}, {}
+    for name, value in entries.items():
+        kind, _, name = name.partition("/")
+        if kind == "params":
+            params[name] = xp.asarray(value)
+        elif kind == "array":
+            extra[name] = value
+        elif kind == "json":
+            extra[name] = json.loads(str(value))
+    return params, extra
