@@ -428,7 +428,7 @@ def complex_out_backward(dout, cache):
     h, C_bar = cache
     dh = (dout @ real_view(C_bar)).view(h.dtype)   # (N, D) -> (N, H)
     dC_bar = (dout.T @ real_view(h)).view(h.dtype)
-    return dh, dC_bar.conj().T, dout.sum(0)
+    return dh, xp.ascontiguousarray(dC_bar.conj().T), dout.sum(0)
 
 
 def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: MIT
+"""The program: train LRURec on a data set, evaluate a saved model.
+
+    python train.py                              ML-100K with the defaults, start to finish
+    python train.py train --data FILE --epochs 50 --out runs/mine
+    python train.py train --out runs/mine --resume
+    python train.py evaluate runs/mine/model.npz
+
+No mathematics of the model stands here: see lrurec.py, and data.py for the protocol's data side.
+"""
+import os
+
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+                 "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(variable, "1")           # the threads below share out shards instead
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+import data as reader
+import lrurec
+from data import DataError
+
+SHARD_ROWS = 1024             # a batch is cut into shards of about so many rows: they fit the cache
+GROUP_ROWS = 2048             # as many at once in the evaluation
+MAX_NORM = 5.0                # of the gradients, as published
+KS = (1, 5, 10, 20, 50)
+BEST = "Recall@10"            # on validation: picks the epoch that is kept
+
+DEFAULTS = {"data": "ml-100k", "out": None, "resume": False, "epochs": 200, "patience": 10,
+            "seed": 42, "threads": os.cpu_count() or 1, "device": "cpu", "batch_size": 128,
+            "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01, "d_model": 64,
+            "n_blocks": 2, "min_count": 5, "ties": "item", "columns": None}
+FREE = ("out", "resume", "epochs", "patience", "threads", "device")     # may differ on --resume
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+def ranks(scores, seen, truth):
+    """Rank, from 0, of each user's true item among all items but those in the history.
+
+    scores (users, V+1), used up; seen: a list of histories; truth (users,) -> (users,) float.
+    A tie counts against us; a true item found in the history is a miss: infinite rank.
+    """
+    users = np.arange(len(truth))
+    scores[:, 0] = -np.inf
+    true_scores = scores[users, truth]
+    rows = np.repeat(users, [len(s) for s in seen])
+    scores[rows, np.concatenate(seen)] = -np.inf
+    ahead = (~(scores < true_scores[:, None])).sum(1) - 1.0       # itself not counted
+    ahead[np.isneginf(scores[users, truth])] = np.inf
+    return ahead
+
+
+def metrics(rank):
+    """Ranks from 0 (users,) -> {"Recall@k", "NDCG@k" for k in KS, "MRR"}: means over users."""
+    table = {f"Recall@{k}": float((rank < k).mean()) for k in KS}
+    gain = 1 / np.log2(rank + 2)
+    table.update({f"NDCG@{k}": float((gain * (rank < k)).mean()) for k in KS})
+    return {**table, "MRR": float((1 / (rank + 1)).mean())}
+
+
+def evaluate(scorer, data, split, max_len=None, pool=None):
+    """Metrics of scorer(list of histories) -> scores (users, V+1) on "validation" or "test"."""
+    seen, truth = reader.histories(data, split, max_len)
+    if not len(truth):
+        return None
+    most_users = max(1, 2 ** 22 // len(data.item_ids))            # bounds users x V scores
+    groups, rows = [[]], 0
+    for user, history in enumerate(seen):
+        if groups[-1] and (rows + len(history) > GROUP_ROWS or len(groups[-1]) >= most_users):
+            groups.append([])
+            rows = 0
+        groups[-1].append(user)
+        rows += len(history)
+
+    def group_ranks(group):
+        history = [seen[user] for user in group]
+        return ranks(scorer(history), history, truth[group])
+
+    return metrics(np.concatenate(list((pool.map if pool else map)(group_ranks, groups))))
+
+
+def model_scorer(params):
+    """The model as a scorer for evaluate."""
+    def scorer(seen):
+        ends = np.cumsum([len(history) for history in seen])
+        starts = np.zeros(ends[-1], bool)
+        starts[0] = True
+        starts[ends[:-1]] = True
+        hidden = lrurec.encode(params, np.concatenate(seen), starts)
+        return lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(ends - 1)]))
+    return scorer
+
+
+def baseline_scorers(data):
+    """Popularity, and a first-order Markov chain with popularity as tie-break, as scorers."""
+    rows = reader.training_rows(data)
+    size = len(data.item_ids)
+    popularity = np.bincount(rows.targets, minlength=size).astype(float)
+    fraction = popularity / (len(rows.targets) + 1)               # < 1: it breaks ties only
+    follows = rows.items > 0
+    pairs, counts = np.unique(rows.items[follows] * size + rows.targets[follows],
+                              return_counts=True)
+
+    def by_popularity(seen):
+        return np.tile(popularity, (len(seen), 1))
+
+    def by_markov(seen):
+        scores = np.tile(fraction, (len(seen), 1))
+        for user, history in enumerate(seen):
+            a, b = np.searchsorted(pairs, [history[-1] * size, (history[-1] + 1) * size])
+            scores[user, pairs[a:b] % size] += counts[a:b]
+        return scores
+
+    return {"popularity": by_popularity, "markov": by_markov}
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+def shards(items, targets, starts):
+    """Cut a batch at walls into shards of about SHARD_ROWS rows (one on a GPU)."""
+    n_shards = 1 if lrurec.xp is not np else max(1, round(len(items) / SHARD_ROWS))
+    walls = np.flatnonzero(starts)
+    wanted = len(items) * np.arange(1, n_shards) / n_shards
+    cuts = np.unique(np.append(walls, len(items))[np.searchsorted(walls, wanted)])
+    cuts = cuts[(0 < cuts) & (cuts < len(items))]
+    return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
+
+
+def train_step(params, opt, batch, config, pool):
+    """One AdamW step on a batch -> its mean loss.
+
+    The shards, their random streams and the order of the sums depend on the batch alone, so that
+    the result does not depend on how many threads ran them.
+    """
+    parts = shards(*batch)
+    n_targets = sum(np.count_nonzero(part[1]) for part in parts)
+
+    def run(shard):
+        rng = np.random.default_rng([config["seed"], opt["step"], shard])
+        return lrurec.loss_and_grads(params, *parts[shard], config["dropout"], rng)
+
+    loss, total = 0, None
+    for part, (part_loss, grads) in zip(parts, pool.map(run, range(len(parts)))):
+        weight = np.count_nonzero(part[1]) / n_targets
+        loss = loss + weight * part_loss
+        for name, g in grads.items():
+            g *= weight
+            if total is not None:
+                total[name] += g
+        total = total or grads
+    lrurec.clip_gradients(total, MAX_NORM)
+    lrurec.adamw_update(params, total, opt, config["lr"], config["weight_decay"])
+    return loss
+
+
+def fit(data, config, folder, pool, run=None):
+    """Train until patience or epochs run out -> run, the state of the training.
+
+    config: as DEFAULTS. run: what `read_run` returned, to go on from there. After every epoch
+    folder holds model.npz (the best epoch) and last.npz (all that going on needs).
+    """
+    rows = reader.training_rows(data, config["max_len"])
+    if run is None:
+        params = lrurec.init_params(len(data.item_ids) - 1, config["d_model"],
+                                    n_blocks=config["n_blocks"],
+                                    rng=np.random.default_rng(config["seed"]))
+        run = {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
+               "best": None, "history": []}
+    params, opt = run["params"], run["opt"]
+    n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
+    while run["epoch"] < config["epochs"]:
+        best = run["best"]
+        if best and run["epoch"] - best["epoch"] >= config["patience"]:
+            break
+        begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
+        rng = np.random.default_rng([config["seed"], epoch])
+        for n, batch in enumerate(reader.batches(rows, config["batch_size"], rng), 1):
+            losses.append(train_step(params, opt, batch, config, pool))
+            done = (n + n_batches * (epoch - 1)) / (n_batches * config["epochs"])
+            spent = run["seconds"] + time.perf_counter() - begin
+            progress(f"epoch {epoch}/{config['epochs']}  batch {n}/{n_batches}  "
+                     f"at most {spent / done - spent:.0f} s to go")
+        losses = lrurec.to_host(lrurec.xp.stack([lrurec.xp.asarray(loss) for loss in losses]))
+        if not np.isfinite(losses).all():
+            batch = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
+            raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr; "
+                            f"{folder} keeps the epochs before")
+        validation = evaluate(model_scorer(params), data, "validation", config["max_len"], pool)
+        seconds = time.perf_counter() - begin
+        run["epoch"], run["seconds"] = epoch, run["seconds"] + seconds
+        value = validation[BEST] if validation else 0.0
+        run["history"].append({"epoch": epoch, "loss": float(losses.mean()), BEST: value,
+                               "seconds": seconds})
+        star = best is None or value > best["validation"][BEST]
+        progress("")
+        print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  validation {BEST} {value:.4f}"
+              f"{' *' if star else '  '}  {seconds:.1f} s", flush=True)
+        if star:
+            run["best"] = {"epoch": epoch, "validation": validation or {BEST: value}}
+            lrurec.save(os.path.join(folder, "model.npz"), params, config=saved(config),
+                        epoch=epoch, digest=data.digest, item_ids=data.item_ids,
+                        titles=data.titles)
+        write_run(folder, run, config, data)
+    return run
+
+
+def saved(config):
+    """The part of config that belongs to a model."""
+    return {name: value for name, value in config.items() if name not in FREE}
+
+
+def write_run(folder, run, config, data):
+    opt = run["opt"]
+    moments = {f"{kind}/{name}": opt[kind][name] for kind in "mv" for name in opt[kind]}
+    lrurec.save(os.path.join(folder, "last.npz"), run["params"], config=saved(config),
+                digest=data.digest, step=opt["step"], epoch=run["epoch"], best=run["best"],
+                seconds=run["seconds"], history=run["history"], **moments)
+
+
+def read_run(path):
+    """What write_run wrote -> run, config, digest. Raises DataError."""
+    params, extra = load_model(path, ("step", "epoch", "best", "seconds", "history"))
+    asarray = lrurec.xp.asarray
+    opt = {"step": extra["step"],
+           **{kind: {name: asarray(extra[f"{kind}/{name}"]) for name in params} for kind in "mv"}}
+    run = {"params": params, "opt": opt,
+           **{name: extra[name] for name in ("epoch", "seconds", "best", "history")}}
+    return run, extra["config"], extra["digest"]
+
+
+def load_model(path, keys=("epoch", "item_ids", "titles")):
+    """lrurec.load for a file of this program -> params, extra. Raises DataError, one line."""
+    try:
+        params, extra = lrurec.load(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}: give a model.npz of a "
+                        "training run") from None
+    except ValueError as error:
+        raise DataError(f"{error}: give a model.npz of a training run") from None
+    missing = [key for key in ("config", "digest", *keys) if key not in extra]
+    missing += [] if "item_embedding" in params else ["item_embedding"]
+    if missing:
+        raise DataError(f"{path} lacks {missing[0]!r}: give a model.npz of a training run")
+    return params, extra
+
+
+def progress(text):
+    """Show text on the one line that updates; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+def load_data(config):
+    columns = config["columns"] and config["columns"].split(",")
+    return reader.load_dataset(config["data"], config["min_count"], config["ties"],
+                               config["seed"], columns)
+
+
+def print_table(results):
+    """results: name -> metrics or None."""
+    names = ["Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"]
+    width = max(map(len, results))
+    print(" " * width + "".join(f"{name:>11}" for name in names))
+    for name, table in results.items():
+        cells = "".join(f"{table[m]:11.4f}" for m in names) if table else "   no user to evaluate"
+        print(f"{name:<{width}}{cells}")
+
+
+def choose_folder(config):
+    """The run's folder: --out, or runs/NAME, runs/NAME-2, ... by what is there already."""
+    name = os.path.basename(config["data"]).split(".")[0] or "data"
+    numbered = [os.path.join("runs", name if n == 1 else f"{name}-{n}") for n in range(1, 10000)]
+    taken = [folder for folder in numbered if holds_run(folder)]
+    if config["resume"]:
+        folder = config["out"] or (taken or numbered)[-1 if taken else 0]
+        if not os.path.exists(os.path.join(folder, "last.npz")):
+            raise DataError(f"{folder} holds no run to resume: give its folder with --out")
+    else:
+        folder = config["out"] or next(f for f in numbered if not os.path.exists(f))
+        if holds_run(folder):
+            raise DataError(f"{folder} holds a run: go on with --resume, or choose another --out")
+    return folder
+
+
+def holds_run(folder):
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("last.npz", "model.npz"))
+
+
+def train_command(given):
+    config = {**DEFAULTS, **given}
+    folder = choose_folder(config)
+    lrurec.use_device(config["device"])
+    run = None
+    if config["resume"]:
+        run, run_config, digest = read_run(os.path.join(folder, "last.npz"))
+        for name, value in given.items():
+            if name not in FREE and run_config[name] != value:
+                raise DataError(f"--{name.replace('_', '-')} {value}: the run in {folder} has "
+                                f"{run_config[name]}: leave the flag out, or start a new run")
+        config.update(run_config)
+    data = load_data(config)
+    if run and digest != data.digest:
+        raise DataError(f"{folder} was trained on other data than {config['data']} now holds: "
+                        "start a new run with another --out")
+    os.makedirs(folder, exist_ok=True)
+    numbers = {"name": data.name, "users": len(data.offsets) - 1, "items": len(data.item_ids) - 1,
+               "events": len(data.items), "digest": data.digest}
+    print(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
+          f"{numbers['events']:,} events; ties by {config['ties']}; run in {folder}", flush=True)
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        try:
+            run = fit(data, config, folder, pool, run)
+        except KeyboardInterrupt:
+            progress("")
+            again = f"python train.py train --resume --out {folder}"
+            print(f"\ninterrupted; the last whole epoch is saved; go on with: {again}",
+                  file=sys.stderr)
+            return 130
+        params, _ = load_model(os.path.join(folder, "model.npz"))
+        max_len = config["max_len"]
+        test = evaluate(model_scorer(params), data, "test", max_len, pool)
+        baselines = {name: evaluate(scorer, data, "test", max_len, pool)
+                     for name, scorer in baseline_scorers(data).items()}
+    report = {"data": numbers, "config": {**config, "out": folder}, "epoch": run["best"]["epoch"],
+              "seconds": run["seconds"], "history": run["history"],
+              "validation": run["best"]["validation"], "test": test, "baselines": baselines}
+    reader.write_whole(os.path.join(folder, "metrics.json"),
+                       (json.dumps(report, indent=1) + "\n").encode())
+    print(f"\ntest, best epoch {run['best']['epoch']}, trained for {run['seconds']:.0f} s")
+    print_table({"popularity": baselines["popularity"], "Markov chain": baselines["markov"],
+                 "LRURec": test})
+    return 0
+
+
+def evaluate_command(given):
+    params, extra = load_model(given["model"])
+    config = {**DEFAULTS, **extra["config"], **given}
+    if config["device"] != "cpu":
+        lrurec.use_device(config["device"])
+        params, extra = load_model(given["model"])
+    data = load_data(config)
+    if data.digest != extra["digest"]:
+        raise DataError(f"{given['model']} was trained on other data than {config['data']}: "
+                        "name its data with --data")
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        print_table({split: evaluate(model_scorer(params), data, split, config["max_len"], pool)
+                     for split in ("validation", "test")})
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_arguments(argv):
+    """argv -> command, given: only the flags that were given."""
+    def number(kind, low, high=float("inf"), open_end=False):
+        def convert(text):
+            try:
+                value = kind(text)
+            except ValueError:
+                value = float("nan")
+            if not (low <= value <= high) or (open_end and value == high):
+                raise argparse.ArgumentTypeError(
+                    f"{text!r} is no {'whole ' * (kind is int)}number from {low}"
+                    + (f" to {'below ' * open_end}{high:g}" if high < float("inf") else ""))
+            return value
+        return convert
+
+    def max_len(text):
+        return None if text == "none" else number(int, 1)(text)
+
+    def columns(text):
+        parts = text.split(",")
+        digits = [part.isdigit() for part in parts]
+        if (len(parts) not in (2, 3) or not all(parts) or len(set(parts)) < len(parts)
+                or any(digits) != all(digits) or "0" in parts):
+            raise argparse.ArgumentTypeError(f"{text!r}: give USER,ITEM or USER,ITEM,TIME, all "
+                                             "names or all numbers from 1")
+        return text
+
+    parser = Parser(prog="train.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a model (the default command)",
+                                argument_default=argparse.SUPPRESS)
+    test = commands.add_parser("evaluate", help="the metric table of a saved model",
+                               argument_default=argparse.SUPPRESS)
+    test.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
+
+    def add(parsers, name, text, **options):
+        default = DEFAULTS[name[2:].replace("-", "_")]
+        for p in parsers:
+            p.add_argument(name, help=text + ("" if default in (None, False)
+                                              else f" (default {default})"), **options)
+    both = (train, test)
+    add(both, "--data", "ml-100k, ml-1m or the path of a file of interactions", metavar="DATA")
+    add([train], "--out", "folder of the run (default runs/NAME, runs/NAME-2, ...)", metavar="DIR")
+    add([train], "--resume", "go on with the run in --out", action="store_true")
+    add([train], "--epochs", "at most so many", type=number(int, 1), metavar="N")
+    add([train], "--patience", f"stop after so many epochs without a better validation {BEST}",
+        type=number(int, 1), metavar="N")
+    add([train], "--seed", "of initial values, order, dropout and random ties",
+        type=number(int, 0), metavar="N")
+    add(both, "--threads", "shards of a batch worked on at once; does not change the result",
+        type=number(int, 1), metavar="N")
+    add(both, "--device", "cpu, or gpu through CuPy", choices=["cpu", "gpu"])
+    add([train], "--batch-size", "windows", type=number(int, 1), metavar="N")
+    add([train], "--max-len", "events in a window and in an evaluated history, or none",
+        type=max_len, metavar="N")
+    add([train], "--dropout", "probability", type=number(float, 0, 1, open_end=True), metavar="P")
+    add([train], "--lr", "AdamW's step size", type=number(float, 0, 1e3), metavar="X")
+    add([train], "--weight-decay", "AdamW's, times lr a step", type=number(float, 0, 1e3),
+        metavar="X")
+    add([train], "--d-model", "width D; the state has 2 D, the feed-forward 4 D",
+        type=number(int, 1), metavar="D")
+    add([train], "--n-blocks", "blocks K", type=number(int, 1), metavar="K")
+    add([train], "--min-count", "drop items, then users, with fewer events; 0 keeps all",
+        type=number(int, 0), metavar="N")
+    add([train], "--ties", "order of a user's events of equal time",
+        choices=["item", "file", "random"])
+    add([train], "--columns", "USER,ITEM or USER,ITEM,TIME: names in the header, or numbers from 1",
+        type=columns, metavar="COLS")
+    if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
+        argv = ["train", *argv]
+    given = vars(parser.parse_args(argv))
+    return given.pop("command"), given
+
+
+def main(argv=None):
+    """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    try:
+        command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        return {"train": train_command, "evaluate": evaluate_command}[command](given)
+    except SystemExit as exit:
+        return exit.code or 0
+    except KeyboardInterrupt:
+        return 130
+    except (DataError, RuntimeError) as error:
+        message = error
+    except OSError as error:
+        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    progress("")
+    print(f"train.py: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
