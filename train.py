@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -319,6 +320,7 @@ def train_command(given):
                "events": len(data.items), "digest": data.digest}
     print(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
           f"{numbers['events']:,} events; ties by {config['ties']}; run in {folder}", flush=True)
+    warnings.simplefilter("ignore", RuntimeWarning)               # fit reports a loss that overflows
     with ThreadPoolExecutor(config["threads"]) as pool:
         try:
             run = fit(data, config, folder, pool, run)

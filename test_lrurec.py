@@ -1,0 +1,613 @@
+# SPDX-License-Identifier: MIT
+"""The proof: every derivative against central differences, the fast against the plain.
+
+    python -m pytest -q
+
+Offline, and nothing but NumPy and pytest. float64 throughout, where nothing else is said.
+"""
+import io
+import json
+import math
+import os
+import zipfile
+
+import numpy as np
+import pytest
+
+import data as reader
+import lrurec
+import train
+
+
+# ---------------------------------------------------------------------------------------------
+# The grader: an analytic gradient against the numeric one, tensor by tensor
+
+def numeric_gradient(loss, z, delta=1e-5):
+    """Central differences of loss() along every entry of z, which is changed in place and put
+    back: along 1, and for a complex z along 1j too. Stored as dL/dRe + i dL/dIm."""
+    grad = np.zeros_like(z)
+    for index in np.ndindex(z.shape):
+        for direction in (1, 1j) if np.iscomplexobj(z) else (1,):
+            old = z[index]
+            z[index] = old + delta * direction
+            up = loss()
+            z[index] = old - delta * direction
+            down = loss()
+            z[index] = old
+            grad[index] += direction * (up - down) / (2 * delta)
+    return grad
+
+
+def relative_error(a, n):
+    scale = np.linalg.norm(a) + np.linalg.norm(n)
+    return np.linalg.norm(a - n) / scale if scale > 1e-12 else np.linalg.norm(a - n)
+
+
+def grade(loss, inputs, grads, tolerance=1e-7):
+    """Fail with one row per tensor where an analytic gradient differs from the numeric one.
+
+    inputs, grads: dicts of arrays; loss(): a real number that depends on the inputs' memory.
+    """
+    rows, failed = [], False
+    for name, z in inputs.items():
+        n, a = numeric_gradient(loss, z), np.asarray(grads[name])
+        same_shape = a.shape == n.shape
+        error = relative_error(a, n) if same_shape else np.inf
+        bad = not error < tolerance
+        failed |= bad
+        rows.append(f"{name:28} {str(n.shape):12} {error:9.1e}  {'WRONG' if bad else 'ok'}")
+        if bad and same_shape:
+            worst = np.unravel_index(np.abs(a - n).argmax(), n.shape)
+            rows.append(f"    worst at {tuple(map(int, worst))}: analytic {a[worst]:.6g}, "
+                        f"numeric {n[worst]:.6g}")
+    assert not failed, "\n" + "\n".join(rows)
+
+
+def grade_layer(forward, backward, inputs, tolerance=1e-7):
+    """Grade a forward/backward pair: the loss is a random projection of the forward's output."""
+    projection = np.random.default_rng(9).normal(size=forward(*inputs.values())[0].shape)
+    if np.iscomplexobj(forward(*inputs.values())[0]):
+        projection = projection + 1j * np.random.default_rng(8).normal(size=projection.shape)
+
+    def loss():
+        return np.sum(projection.conj() * forward(*inputs.values())[0]).real
+
+    out, cache = forward(*inputs.values())
+    grads = backward(projection.astype(out.dtype), cache)
+    grads = grads if isinstance(grads, tuple) else (grads,)
+    grade(loss, inputs, dict(zip(inputs, grads)), tolerance)
+
+
+def real(*shape, seed=1):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def compl(*shape, seed=1):
+    return real(*shape, seed=seed) + 1j * real(*shape, seed=seed + 100)
+
+
+STARTS = np.array([0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0], bool)
+
+
+def lam_of(H):
+    return 0.9 * np.exp(1j * np.linspace(0.4, 5.1, H))            # generic phases
+
+
+def tiny_params(n_items=7, **sizes):
+    """float64, nothing zero or symmetric: zeros hide wrong gradients."""
+    params = lrurec.init_params(n_items, d_model=4, rng=np.random.default_rng(1),
+                                dtype=np.float64, **sizes)
+    for seed, p in enumerate(params.values()):
+        p += 0.3 * (compl if np.iscomplexobj(p) else real)(*p.shape, seed=seed)
+    return params
+
+
+def lru_inputs():
+    D, H = 3, 4
+    return {"x": real(11, D), "nu_log": real(H) - 1, "theta_log": real(H, seed=3),
+            "gamma_log": real(H, seed=4), "B": compl(D, H), "b_B": compl(H),
+            "C": compl(H, D), "b_C": real(D)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Derivatives
+
+LAYERS = {
+    "linear": (lrurec.linear_forward, lrurec.linear_backward,
+               lambda: {"x": real(5, 3), "W": real(3, 4), "b": real(4)}),
+    "gelu": (lrurec.gelu_forward, lrurec.gelu_backward, lambda: {"x": 2 * real(6, 5)}),
+    "layer_norm": (lrurec.layer_norm_forward, lrurec.layer_norm_backward,
+                   lambda: {"x": real(5, 6), "scale": real(6), "shift": real(6, seed=2)}),
+    "dropout": (lambda x: lrurec.dropout_forward(x, 0.4, np.random.default_rng(3)),
+                lrurec.dropout_backward, lambda: {"x": real(5, 6)}),
+    "embedding": (lambda E: lrurec.embedding_forward(E, np.array([3, 0, 3, 1, 5])),
+                  lrurec.embedding_backward, lambda: {"E": real(6, 4)}),
+    "lam": (lrurec.lam_forward, lrurec.lam_backward,
+            lambda: {"nu_log": real(5), "theta_log": real(5, seed=2)}),
+    "complex_in": (lrurec.complex_in_forward, lrurec.complex_in_backward,
+                   lambda: {"x": real(5, 3), "B": compl(3, 4), "b": compl(4)}),
+    "complex_out": (lrurec.complex_out_forward, lrurec.complex_out_backward,
+                    lambda: {"h": compl(5, 4), "C": compl(4, 3), "b": real(3)}),
+    "lru": (lambda *inputs: lrurec.lru_forward(*inputs, STARTS), lrurec.lru_backward, lru_inputs),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_gradient(name):
+    forward, backward, inputs = LAYERS[name]
+    grade_layer(forward, backward, inputs())       # expected: 1e-9 and below
+
+
+def test_scan_gradient():
+    lam, u = lam_of(4), compl(11, 4)
+
+    def forward(lam, u):
+        h = lrurec.scan(lam, u, STARTS)
+        return h, (lam, h, STARTS)
+
+    grade_layer(forward, lambda dh, cache: lrurec.scan_backward(dh, *cache),
+                {"lam": lam, "u": u})              # expected: 1e-10
+
+
+def test_cross_entropy_gradient():
+    targets, weights = np.array([1, 4, 0, 2]), np.array([0.5, 0.2, 0.0, 0.3])
+    logits = 3 * real(4, 6)
+
+    def loss():
+        return 1.7 * lrurec.cross_entropy_forward(logits.copy(), targets, weights)[0]
+
+    _, cache = lrurec.cross_entropy_forward(logits.copy(), targets, weights)
+    grade(loss, {"logits": logits}, {"logits": lrurec.cross_entropy_backward(1.7, cache)})
+
+
+def test_output_loss_gradient_over_several_chunks(monkeypatch):
+    monkeypatch.setattr(lrurec, "LOGITS_PER_CHUNK", 1)            # 16 rows, the least
+    inputs = {"hidden": real(37, 3), "E": real(6, 3), "output_bias": real(6)}
+    targets = np.random.default_rng(0).integers(0, 6, 37)
+    loss, *grads = lrurec.output_loss(*inputs.values(), targets)
+    monkeypatch.setattr(lrurec, "LOGITS_PER_CHUNK", 10 ** 6)
+    whole, *whole_grads = lrurec.output_loss(*inputs.values(), targets)
+    assert loss == pytest.approx(whole, rel=1e-12)
+    for a, b in zip(grads, whole_grads):
+        assert relative_error(a, b) < 1e-12
+    grade(lambda: lrurec.output_loss(*inputs.values(), targets)[0], inputs,
+          dict(zip(inputs, grads)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_block_gradient(dropout):
+    p, x = lrurec.blocks(tiny_params(n_blocks=1))[0], real(11, 4)
+    projection = real(11, 4, seed=5)
+
+    def run():
+        return lrurec.block_forward(x, p, STARTS, dropout, np.random.default_rng(2))
+
+    dx, dp = lrurec.block_backward(projection, run()[1])
+    grade(lambda: np.sum(projection * run()[0]), {"x": x, **p}, {"x": dx, **dp}, 1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_whole_model_gradient(dropout):
+    params, rng = tiny_params(), np.random.default_rng(4)
+    items, targets = rng.integers(0, 8, 11), rng.integers(0, 8, 11)
+
+    def run():
+        return lrurec.loss_and_grads(params, items, targets, STARTS, dropout,
+                                     np.random.default_rng(6))
+
+    grade(lambda: run()[0], params, run()[1], 1e-6)               # expected: 1e-8
+
+
+# ---------------------------------------------------------------------------------------------
+# The recurrence
+
+@pytest.mark.parametrize("radius", [0.3, 0.9999])
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 100, 257])
+def test_the_three_scans_agree(N, radius):
+    for p_wall in (0, 0.1, 0.6, 1):
+        starts = np.random.default_rng(N).random(N) < p_wall
+        lam, u = radius * np.exp(1j * np.linspace(0.3, 6, 5)), compl(N, 5)
+        h, before = lrurec.scan_loop(lam, u, starts), u.copy()
+        assert relative_error(lrurec.scan_recursive(lam, u, starts), h) < 1e-12
+        assert relative_error(lrurec.scan(lam, u, starts), h) < 1e-12
+        assert (u == before).all(), "the scans leave u as it was"
+
+
+def test_nothing_passes_a_wall_and_the_future_never_reaches_the_past():
+    params, items = tiny_params(), np.array([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4])
+    hidden = lrurec.encode(params, items, STARTS)
+    for n in range(11):
+        changed = items.copy()
+        changed[n] = items[n] % 7 + 1
+        moved = (lrurec.encode(params, changed, STARTS) != hidden).any(1)
+        end = next((m for m in range(n + 1, 11) if STARTS[m]), 11)
+        assert moved[n:end].all() and not moved[:n].any() and not moved[end:].any(), n
+
+
+def test_step_is_encode_one_event_at_a_time():
+    params, items = tiny_params(), np.random.default_rng(2).integers(0, 8, 11)
+    hidden, states = lrurec.encode(params, items, STARTS, return_state=True)
+    segment = -1
+    for n in range(11):
+        if n == 0 or STARTS[n]:
+            state, segment = lrurec.init_state(params), segment + 1
+        given = state.copy()
+        x, after = lrurec.step(params, state, items[n:n + 1])
+        assert (state == given).all(), "the state given is not changed"
+        state = after
+        assert relative_error(x[0], hidden[n]) < 1e-12
+        if n == 10 or STARTS[n + 1]:
+            assert relative_error(state[:, 0], states[:, segment]) < 1e-12
+    assert states.shape == (2, 4, 8)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+def test_initial_values():
+    params = lrurec.init_params(50, d_model=32, rng=np.random.default_rng(0))
+    lam, _ = lrurec.lam_forward(params["blocks.0.lru.nu_log"], params["blocks.0.lru.theta_log"])
+    assert 0.8 <= abs(lam).min() and abs(lam).max() <= 0.99
+    np.testing.assert_allclose(np.exp(params["blocks.1.lru.gamma_log"]) ** 2, 1 - abs(
+        lrurec.lam_forward(params["blocks.1.lru.nu_log"], params["blocks.1.lru.theta_log"])[0])**2,
+        rtol=1e-4)
+    E, C = params["item_embedding"], params["blocks.1.lru.C"]
+    assert E.shape == (51, 32) and C.shape == (64, 32) and C.dtype == np.complex64
+    assert abs(E).max() <= 0.04 and abs(C.imag).max() <= 0.04 and 0.016 < E.std() < 0.019
+    assert (params["blocks.0.lru_norm.scale"] == 1).all()
+    items = np.random.default_rng(1).integers(1, 51, 300)
+    loss, _ = lrurec.loss_and_grads(params, items, np.roll(items, 1), np.zeros(300, bool))
+    assert loss == pytest.approx(math.log(51), abs=0.1), "the first loss is that of a guess"
+
+
+def test_rows_without_a_target_carry_no_loss():
+    params, items = tiny_params(), np.array([1, 2, 3, 4])
+    starts, targets = np.zeros(4, bool), np.array([2, 0, 4, 0])
+    loss, _ = lrurec.loss_and_grads(params, items, targets, starts)
+    logits = lrurec.encode(params, items, starts) @ params["item_embedding"].T
+    logits += params["output_bias"]
+    by_hand = [np.log(np.exp(logits[n]).sum()) - logits[n, targets[n]] for n in (0, 2)]
+    assert loss == pytest.approx(np.mean(by_hand), rel=1e-12)
+    loss, grads = lrurec.loss_and_grads(params, items, 0 * items, starts)
+    assert loss == 0 and not any(g.any() for g in grads.values())
+
+
+def test_score_never_recommends_nothing():
+    params = tiny_params()
+    assert (lrurec.score(params, real(2, 3, 4))[..., 0] == -np.inf).all()
+
+
+def test_dropout_keeps_the_expectation():
+    x = np.ones((400, 500))
+    out, _ = lrurec.dropout_forward(x, 0.3, np.random.default_rng(0))
+    assert set(np.unique(out)) == {0, 1 / 0.7}
+    assert (out == 0).mean() == pytest.approx(0.3, abs=0.005)
+    assert lrurec.dropout_forward(x, 0, None)[0] is x
+
+
+def test_float32_agrees_with_float64():
+    params, rng = tiny_params(n_items=40), np.random.default_rng(0)
+    single = {name: p.astype(np.complex64 if np.iscomplexobj(p) else np.float32)
+              for name, p in params.items()}
+    items, targets = rng.integers(0, 41, 200), rng.integers(0, 41, 200)
+    starts = rng.random(200) < 0.1
+    loss, grads = lrurec.loss_and_grads(params, items, targets, starts)
+    loss32, grads32 = lrurec.loss_and_grads(single, items, targets, starts)
+    assert loss32 == pytest.approx(loss, rel=1e-5)
+    for name in grads:
+        assert grads32[name].dtype == single[name].dtype
+        assert relative_error(grads32[name], grads[name]) < 1e-4, name
+
+
+# ---------------------------------------------------------------------------------------------
+# The optimizer
+
+def test_adamw_against_a_hand_computed_trajectory():
+    rng, lr, decay = np.random.default_rng(0), 0.1, 0.5
+    params = {"item_embedding": real(2, 2), "blocks.0.lru.b_C": real(3), "blocks.0.lru.B":
+              compl(1, 2), "blocks.0.lru.b_B": compl(2), "output_bias": real(2)}
+    decayed = {"item_embedding", "blocks.0.lru.B"}
+    expected = {name: p.copy() for name, p in params.items()}
+    moments = {name: [[0.0, 0.0, 0.0, 0.0] for _ in range(p.size)] for name, p in params.items()}
+    opt = lrurec.adamw_init(params)
+    for t in range(1, 21):
+        grads = {name: rng.normal(size=p.shape) for name, p in params.items()}
+        for name in ("blocks.0.lru.B", "blocks.0.lru.b_B"):
+            grads[name] = grads[name] + 1j * rng.normal(size=grads[name].shape)
+        lrurec.adamw_update(params, grads, opt, lr, decay)
+        for name, p in expected.items():
+            for k, g in enumerate(grads[name].flat):
+                value, moved = complex(p.flat[k]), []
+                if name in decayed:
+                    value *= 1 - lr * decay
+                for part, (x, d) in enumerate([(value.real, g.real), (value.imag, g.imag)]):
+                    mom = moments[name][k]
+                    mom[part] = 0.9 * mom[part] + 0.1 * d
+                    mom[part + 2] = 0.999 * mom[part + 2] + 0.001 * d * d
+                    mhat, vhat = mom[part] / (1 - 0.9 ** t), mom[part + 2] / (1 - 0.999 ** t)
+                    moved.append(x - lr * mhat / (math.sqrt(vhat) + 1e-9))
+                p.flat[k] = complex(*moved) if np.iscomplexobj(p) else moved[0]
+    for name in params:
+        assert relative_error(params[name], expected[name]) < 1e-12, name
+
+
+def test_decay_groups():
+    params = tiny_params()
+    before, opt = {name: p.copy() for name, p in params.items()}, lrurec.adamw_init(params)
+    lrurec.adamw_update(params, {n: np.zeros_like(p) for n, p in params.items()}, opt, 0.1, 0.5)
+    shrunk = {name.split(".", 2)[-1] for name in params if (params[name] != before[name]).any()}
+    assert shrunk == {"item_embedding", "lru.nu_log", "lru.theta_log", "lru.gamma_log", "lru.B",
+                      "lru.C", "ffn.W1", "ffn.W2"}
+
+
+def test_clipping():
+    grads = {"a": np.array([3.0, 0]), "b": np.array([4j])}
+    assert lrurec.clip_gradients(grads, 10) == pytest.approx(5)
+    assert grads["a"][0] == 3 and grads["b"][0] == 4j
+    assert lrurec.clip_gradients(grads, 1) == pytest.approx(5)
+    assert grads["a"][0] == pytest.approx(3 / (5 + 1e-6)) and grads["b"][0].imag < 0.8
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+def test_save_and_load(tmp_path):
+    params = tiny_params()
+    lrurec.save(tmp_path / "m.npz", params, note={"a": [1, 2.5, "ü"]}, table=np.arange(3))
+    again, extra = lrurec.load(tmp_path / "m.npz")
+    assert all((again[name] == params[name]).all() for name in params)
+    assert extra["note"] == {"a": [1, 2.5, "ü"]} and (extra["table"] == np.arange(3)).all()
+    assert os.listdir(tmp_path) == ["m.npz"]
+    (tmp_path / "m.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="not a model file"):
+        lrurec.load(tmp_path / "m.npz")
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("text", [
+    "1\t10\t5\t100\n1\t11\t3\t200\n2\t10\t1\t50\n",
+    "1::10::5::100\n1::11::3::200\n2::10::1::50\n",
+    "user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t10\t5\t100\n1\t11\t3\t200\n"
+    "2\t10\t1\t50\n",
+    "\ufeffts,movieId,userId\r\n100,10,1\r\n\r\n200, 11 ,1\r\n50,\"10\",2",
+], ids=["u.data", "ratings.dat", "inter", "csv"])
+def test_the_same_events_from_every_format(tmp_path, text):
+    events = reader.read_file(write(tmp_path / "f", text))
+    assert [events.user_ids[u] for u in events.users] == ["1", "1", "2"]
+    assert [events.item_ids[i] for i in events.items] == ["10", "11", "10"]
+    assert events.times.tolist() == [100, 200, 50]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "is empty"), ("user,item\n", "no events"), ("1,2,3\n1\n", "line 2: 1 columns"),
+    ("1,2,x\n", "line 1: time 'x'"), ("1,2,nan\n", "line 1: time"), ("1,,3\n", "empty item id"),
+    (b"1,2,3\n1,\x002,3\n", "line 2: a NUL byte"), (b"\xff\xfe1\x00", "UTF-16"),
+    (b"1,2,3\n\x80\n", "line 2: byte 0x80"), ("alone\n", "no delimiter"),
+])
+def test_bad_input_is_named(tmp_path, text, message):
+    with pytest.raises(reader.DataError, match=message) as error:
+        reader.read_file(write(tmp_path / "f", text))
+    assert str(tmp_path / "f") in str(error.value) and "\n" not in str(error.value)
+
+
+def toy_events(rows):
+    users, items, times = np.array(rows).T
+    return reader.Events(users, items, times, [str(u) for u in range(users.max() + 1)],
+                         [str(i) for i in range(items.max() + 1)])
+
+
+def test_filtering_and_order():
+    # item 3 has one event; then user 2 has one; the repeat of (0, 1) is dropped first
+    events = toy_events([(0, 1, 5), (0, 1, 5), (0, 2, 4), (1, 2, 1), (1, 1, 1), (2, 3, 1),
+                         (2, 1, 9)])
+    data = reader.prepare(events, "toy", min_count=2)
+    assert data.item_ids == ["", "1", "2"]
+    assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
+    by_file = reader.prepare(events, "toy", min_count=2, ties="file")
+    assert by_file.items.tolist() == [2, 1, 2, 1]
+    with pytest.raises(reader.DataError, match="nobody is left"):
+        reader.prepare(events, "toy", min_count=9)
+
+
+def test_windows_and_histories_by_hand():
+    data = reader.Dataset("toy", np.arange(1, 10), np.array([0, 7, 9]),
+                          [str(i) for i in range(10)], [], "")
+    rows = reader.training_rows(data, max_len=2)
+    assert rows.targets.tolist() == [1, 2, 3, 4, 5, 8, 9]
+    assert rows.items.tolist() == [0, 1, 2, 3, 4, 0, 8]
+    assert rows.starts.tolist() == [1, 1, 0, 1, 0, 1, 1]
+    assert rows.windows.tolist() == [0, 1, 3, 5, 7]
+    seen, truth = reader.histories(data, "test", max_len=3)
+    assert [s.tolist() for s in seen] == [[4, 5, 6]] and truth.tolist() == [7]
+    seen, truth = reader.histories(data, "validation")
+    assert [s.tolist() for s in seen] == [[1, 2, 3, 4, 5]] and truth.tolist() == [6]
+    batch = [np.concatenate(b) for b in zip(*reader.batches(rows, 2, np.random.default_rng(0)))]
+    assert sorted(batch[1].tolist()) == sorted(rows.targets.tolist())
+
+
+def test_ml_100k_sources(tmp_path, monkeypatch):
+    """GroupLens is asked twice, then the wheel; a wrong archive is refused and not kept."""
+    monkeypatch.setenv("LRUREC_CACHE", str(tmp_path))
+    asked = []
+
+    def failing(url, timeout):
+        asked.append((url, timeout))
+        raise OSError("no route")
+
+    def no_wheel():
+        raise OSError("no index")
+
+    monkeypatch.setattr(reader, "recbole_wheel", no_wheel)
+    monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    with pytest.raises(reader.DataError, match="by hand and put it at .*ml-100k.zip"):
+        reader.fetch_movielens("ml-100k", opener=failing)
+    assert len(asked) == 2 and asked[0][0].endswith("/ml-100k.zip") and asked[0][1] > 0
+
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("ml-100k/u.data", "1\t2\t3\t4\n")
+        file.writestr("ml-100k/u.item", "1|Toy Story (1995)|\n2|Caf\u00e9 (1990)|\n"
+                      .encode("latin-1"))
+    serve = lambda url, timeout: io.BytesIO(archive.getvalue())   # noqa: E731
+    with pytest.raises(reader.DataError, match="100,000 events"):
+        reader.fetch_movielens("ml-100k", opener=serve)
+    assert os.listdir(tmp_path) == []
+    events = np.array([[1, 2, 4]], "<i8")
+    monkeypatch.setattr(reader, "ML_100K_EVENTS",
+                        reader.hashlib.sha256(events.tobytes()).hexdigest())
+    path = reader.fetch_movielens("ml-100k", opener=serve)
+    assert reader.parse_archive("ml-100k", path, path).titles["2"] == "Caf\u00e9 (1990)"
+    assert reader.fetch_movielens("ml-100k", opener=failing) == path, "the cache serves"
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+
+def test_metrics_against_a_brute_force_ranking():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 6, (40, 9)).astype(float)            # many ties
+    seen = [rng.integers(1, 9, 3) for _ in range(40)]
+    truth = rng.integers(1, 9, 40)
+    expected = []
+    for s, history, true in zip(scores, seen, truth):
+        candidates = [v for v in range(1, 9) if v not in history]
+        better = [v for v in candidates if v != true and s[v] >= s[true]]
+        expected.append(len(better) if true in candidates else math.inf)
+    rank = train.ranks(scores.copy(), seen, truth)
+    assert rank.tolist() == expected
+    table = train.metrics(rank)
+    assert table["Recall@5"] == np.mean([r < 5 for r in expected])
+    assert table["NDCG@5"] == pytest.approx(
+        np.mean([1 / math.log2(r + 2) if r < 5 else 0 for r in expected]))
+    assert table["MRR"] == pytest.approx(np.mean([1 / (r + 1) for r in expected]))
+
+
+def test_evaluation_in_groups_is_the_evaluation_of_each_user_alone(monkeypatch):
+    params, rng = tiny_params(n_items=20), np.random.default_rng(0)
+    data = reader.Dataset("toy", rng.integers(1, 21, 60), np.arange(0, 61, 6),
+                          [str(i) for i in range(21)], [], "")
+    monkeypatch.setattr(train, "GROUP_ROWS", 10)
+    table = train.evaluate(train.model_scorer(params), data, "test", 4)
+    rank = []
+    for u in range(10):
+        *before, true = data.items[6 * u:6 * u + 6]
+        state = lrurec.init_state(params)
+        for item in before[-4:]:
+            x, state = lrurec.step(params, state, np.array([item]))
+        rank.append(train.ranks(lrurec.score(params, x), [before[-4:]], np.array([true]))[0])
+    assert table == pytest.approx(train.metrics(np.array(rank)))
+
+
+def test_markov_and_popularity_by_hand():
+    data = reader.Dataset("toy", np.array([1, 2, 3, 1, 1] + [2, 3, 2, 1, 1]), np.array([0, 5, 10]),
+                          ["", "1", "2", "3"], [], "")
+    scorers = train.baseline_scorers(data)
+    assert scorers["popularity"]([[2]])[0].tolist() == [0, 1, 3, 2]
+    markov = scorers["markov"]([[2], [3], [1]])
+    assert markov[0].argmax() == 3 and markov[1].argmax() == 2 and markov[2].argmax() == 2
+
+
+def toy_file(path, users=30, items=12, events=12):
+    """Users walk round a ring of items: the next item is the one after, most of the time."""
+    rng, lines = np.random.default_rng(0), ["user,item,time"]
+    for u in range(users):
+        item = rng.integers(items)
+        for t in range(events):
+            item = (item + (1 if rng.random() < 0.9 else 5)) % items
+            lines.append(f"u{u},i{item},{t}")
+    return write(path, "\n".join(lines))
+
+
+TINY = ["--d-model", "8", "--batch-size", "8", "--lr", "0.02", "--dropout", "0.1", "--seed", "3"]
+
+
+def run(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+def test_a_whole_tiny_run(tmp_path, capsys):
+    file, out = toy_file(tmp_path / "toy.csv"), tmp_path / "run"
+    assert run("--data", file, "--out", out, "--epochs", 12, *TINY) == 0
+    printed = capsys.readouterr()
+    assert "Markov chain" in printed.out and printed.err == "", "progress stays out of a pipe"
+    report = json.loads((out / "metrics.json").read_text())
+    assert report["history"][-1]["loss"] < report["history"][0]["loss"] - 0.5
+    assert report["validation"]["Recall@10"] == max(h["Recall@10"] for h in report["history"])
+    assert set(report) == {"data", "config", "epoch", "seconds", "history", "validation", "test",
+                           "baselines"}
+    assert sorted(os.listdir(out)) == ["last.npz", "metrics.json", "model.npz"]
+    assert run("evaluate", out / "model.npz") == 0
+    row = next(line for line in printed.out.splitlines() if line.startswith("LRURec")).split()
+    assert row[1:] == capsys.readouterr().out.splitlines()[-1].split()[1:]
+    assert run("--data", file, "--out", out, *TINY) == 2
+    assert "holds a run" in capsys.readouterr().err
+
+
+def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD_ROWS", 20)
+    file = toy_file(tmp_path / "toy.csv")
+    last = []
+    for name, threads in (("a", 1), ("b", 3)):
+        assert run("--data", file, "--out", tmp_path / name, "--epochs", 4, "--threads", threads,
+                   *TINY) == 0
+        last.append(lrurec.load(tmp_path / name / "last.npz"))
+    assert run("--data", file, "--out", tmp_path / "c", "--epochs", 2, *TINY) == 0
+    assert run("--resume", "--out", tmp_path / "c", "--epochs", 4) == 0
+    last.append(lrurec.load(tmp_path / "c" / "last.npz"))
+    for params, extra in last[1:]:
+        assert all((params[name] == last[0][0][name]).all() for name in params)
+        assert all((extra[name] == value).all() for name, value in last[0][1].items()
+                   if isinstance(value, np.ndarray))
+        assert [h["loss"] for h in extra["history"]] == [h["loss"] for h in last[0][1]["history"]]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    file, steps = toy_file(tmp_path / "toy.csv"), []
+    real_step = train.train_step
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return real_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run("--data", file, "--out", tmp_path / "r", "--epochs", 3, *TINY) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert run("--resume", "--out", tmp_path / "r", "--epochs", 3) == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--epochs", "0"], "whole number from 1"), (["--dropout", "1"], "below 1"),
+    (["--ties", "x"], "item"), (["--max-len", "x"], "from 1"), (["--lr", "nan"], "number"),
+    (["--data", "/nowhere.csv"], "/nowhere.csv"), (["evaluate", "/nowhere.npz"], "/nowhere.npz"),
+    (["--columns", "user"], "USER,ITEM"), (["--threads", "1.5"], "whole number"),
+])
+def test_a_mistake_ends_with_2_and_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    file, steps = toy_file(tmp_path / "toy.csv"), []
+    real_step = train.train_step
+
+    def diverging(*arguments):
+        steps.append(1)
+        return real_step(*arguments) if len(steps) != 7 else np.float32(np.nan)
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    assert run("--data", file, "--out", tmp_path / "r", *TINY) == 2     # 4 batches an epoch
+    error = capsys.readouterr().err
+    assert "not finite in epoch 2, batch 3" in error and error.count("\n") == 1
+    assert lrurec.load(tmp_path / "r" / "last.npz")[1]["epoch"] == 1
