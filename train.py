@@ -320,7 +320,7 @@ def train_command(given):
                "events": len(data.items), "digest": data.digest}
     print(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
           f"{numbers['events']:,} events; ties by {config['ties']}; run in {folder}", flush=True)
-    warnings.simplefilter("ignore", RuntimeWarning)               # fit reports a loss that overflows
+    warnings.simplefilter("ignore", RuntimeWarning)   # fit reports what matters
     with ThreadPoolExecutor(config["threads"]) as pool:
         try:
             run = fit(data, config, folder, pool, run)
