@@ -638,11 +638,14 @@ def encode(params, items, starts, return_state=False):
     step goes on. hidden[n] depends on row n and the rows before it, back to its wall.
     """
     items, starts = xp.asarray(items), xp.asarray(starts)
-    hidden, caches = forward(params, items, starts)
-    if not return_state:
-        return hidden
     last = xp.append(xp.flatnonzero(starts[1:]), len(starts) - 1)  # the rows before a wall
-    return hidden, xp.stack([cache["lru"]["h"][last] for cache in caches[3:]])
+    x, _ = embedding_forward(params["item_embedding"], items)
+    x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
+    states = []
+    for p in blocks(params):
+        x, cache = block_forward(x, p, starts)
+        states.append(cache["lru"]["h"][last])
+    return (x, xp.stack(states)) if return_state else x
 
 
 def score(params, hidden):

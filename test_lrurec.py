@@ -611,3 +611,138 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "not finite in epoch 2, batch 3" in error and error.count("\n") == 1
     assert lrurec.load(tmp_path / "r" / "last.npz")[1]["epoch"] == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Recommending
+
+IDS = ["", "7", "8", "9", "Heat"]
+TITLES = ["", "Heat (1995)", "Star Wars (1977)", "Star Trek (1979)", "8"]
+
+
+@pytest.mark.parametrize("text, item", [
+    ("7", 1), ("8", 2), ("Heat", 4), ("heat (1995)", 1), ("star wars", 2), (" TREK ", 3)])
+def test_raw_id_beats_title_beats_part_of_a_title(text, item):
+    assert train.find_item(text, IDS, TITLES) == item
+
+
+@pytest.mark.parametrize("text, message", [
+    ("star", r"could be 2 items.*Star Wars \(1977\) \[8\]; Star Trek \(1979\) \[9\]"),
+    ("Star Wrs (1977)", r"no item.*nearest: Star Wars \(1977\)"), ("", "no item")])
+def test_an_unclear_title_is_answered_with_candidates(text, message):
+    with pytest.raises(reader.DataError, match=message):
+        train.find_item(text, IDS, TITLES)
+
+
+def test_one_scan_of_a_long_history_is_the_same_as_stepping_through_it():
+    params, history = tiny_params(n_items=30), list(np.random.default_rng(0).integers(1, 31, 19))
+    scanned, stepped = train.Visitor(params), train.Visitor(params)
+    scanned.take(history)
+    for item in history:
+        stepped.add(item)
+    assert relative_error(scanned.states[-1], stepped.states[-1]) < 1e-12
+    for a, b in zip(scanned.top(), stepped.top()):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+    items, scores, probabilities = scanned.top()
+    assert not set(items) & set(history) and 0 not in items and (np.diff(scores) <= 0).all()
+    logits = lrurec.score(params, lrurec.encode(params, np.array(history), np.zeros(19, bool)))[-1]
+    others = np.setdiff1d(np.arange(1, 31), history)
+    assert probabilities.sum() <= 1 + 1e-12
+    np.testing.assert_allclose(probabilities, np.exp(logits[items]) / np.exp(logits[others]).sum())
+
+
+def test_why_leaves_each_event_out():
+    params, visitor = tiny_params(n_items=30), None
+    visitor = train.Visitor(params)
+    visitor.take([3, 9, 4])
+    best, changes = visitor.why()
+    assert best == visitor.top()[0][0]
+    for n, without in enumerate(([9, 4], [3, 4], [3, 9])):
+        scores = [lrurec.score(params, lrurec.encode(params, np.array(h), np.zeros(len(h), bool)))
+                  [-1, best] for h in (without, [3, 9, 4])]
+        assert changes[n] == pytest.approx(scores[0] - scores[1], rel=1e-9)
+    alone = train.Visitor(params)
+    alone.add(5)
+    assert len(alone.why()[1]) == 1, "without its only event a history is the empty one"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    file = toy_file(folder / "toy.csv", items=14)
+    assert run("--data", file, "--out", folder / "run", "--epochs", 6, *TINY) == 0
+    return folder / "run" / "model.npz"
+
+
+def test_recommend(model, capsys):
+    assert run("recommend", model, "i3", "i4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and "after 2 events" in lines[0]
+    assert run("recommend", model, "--new-user") == 0 and "after 0" in capsys.readouterr().out
+    assert run("recommend", model, "nothing like it") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_recommend_from_a_pipe_answers_line_by_line(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("i3\n\ni4\n"))
+    assert run("recommend", model) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert len(first.split("\t")) == 10 and "i3" not in first.split("\t")
+    assert not {"i3", "i4"} & set(second.split("\t"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("i3\nwhat\n"))
+    assert run("recommend", model) == 2 and "line 2" in capsys.readouterr().err
+
+
+def test_a_session_on_a_terminal(model, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def talk(*lines, end=EOFError):
+        answers = iter(lines)
+
+        def answer(prompt):
+            try:
+                return next(answers)
+            except StopIteration:
+                raise end from None
+        monkeypatch.setattr("sys.stdin", Terminal())
+        monkeypatch.setattr("builtins.input", answer)
+        assert run("recommend", model) == 0
+        return capsys.readouterr().out
+
+    out = talk("i3", "i5", "undo", "i4", "why", "reset", "undo", "why", "what is this", "help")
+    counts = [int(line.split()[1]) for line in out.splitlines() if line.startswith("    after")]
+    assert counts == [1, 2, 1, 2, 0]
+    assert "changes by" in out and "nothing to undo" in out and "no item" in out and " us" in out
+    assert talk("quit", "i3").count("after") == 0
+    assert talk("i3", end=KeyboardInterrupt).count("after") == 1
+
+
+def test_inspect(model, capsys):
+    assert run("inspect", model) == 0
+    out = capsys.readouterr().out
+    params, _ = lrurec.load(model)
+    lam, _ = lrurec.lam_forward(params["blocks.1.lru.nu_log"], params["blocks.1.lru.theta_log"])
+    assert f"block 1: mean |lam| {abs(lam).mean():.2f}" in out
+    reals = sum(p.size * (2 if np.iscomplexobj(p) else 1) for p in params.values())
+    assert f"in all {reals:,}" in out
+    picture = "".join(train.disk(np.array([1, 1j, -1, 0.2, 0.2])))
+    assert picture.count("1") == 3 and picture.count("2") == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda e: e.pop("params/blocks.1.lru.B"), "lacks blocks.1.lru.B"),
+    (lambda e: e.pop("json/titles"), "lacks titles"),
+    (lambda e: e.update(format=np.array("lrurec 9")), "format 'lrurec 9'"),
+    (lambda e: e.update({"params/output_bias": np.zeros(3, np.float32)}), "lacks output_bias of"),
+    (lambda e: e.update({"json/digest": np.array('"0"')}), "other data"),
+])
+def test_a_model_that_does_not_fit_is_one_clear_line(model, change, message, tmp_path, capsys):
+    with np.load(model) as file:
+        entries = dict(file)
+    change(entries)
+    np.savez(tmp_path / "bad.npz", **entries)
+    assert run("evaluate", tmp_path / "bad.npz") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

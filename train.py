@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The program: train LRURec on a data set, evaluate a saved model.
+"""The program: train LRURec on a data set, evaluate a saved model, recommend with it, look inside.
 
     python train.py                              ML-100K with the defaults, start to finish
     python train.py train --data FILE --epochs 50 --out runs/mine
     python train.py train --out runs/mine --resume
     python train.py evaluate runs/mine/model.npz
+    python train.py recommend runs/mine/model.npz "Star Wars" "Fargo"
+    python train.py recommend runs/mine/model.npz            an interactive session
+    python train.py inspect runs/mine/model.npz
 
 No mathematics of the model stands here: see lrurec.py, and data.py for the protocol's data side.
 """
@@ -15,6 +18,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
     os.environ.setdefault(variable, "1")           # the threads below share out shards instead
 
 import argparse
+import difflib
 import json
 import sys
 import time
@@ -240,17 +244,24 @@ def read_run(path):
 
 def load_model(path, keys=("epoch", "item_ids", "titles")):
     """lrurec.load for a file of this program -> params, extra. Raises DataError, one line."""
+    remedy = "give a model.npz that `python train.py train` wrote"
     try:
         params, extra = lrurec.load(path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}: give a model.npz of a "
-                        "training run") from None
+        raise DataError(f"{path}: {error.strerror or error}: {remedy}") from None
     except ValueError as error:
-        raise DataError(f"{error}: give a model.npz of a training run") from None
+        raise DataError(f"{error}: {remedy}") from None
+    config = extra.get("config") or {}
     missing = [key for key in ("config", "digest", *keys) if key not in extra]
-    missing += [] if "item_embedding" in params else ["item_embedding"]
+    missing += [f"config {name}" for name in DEFAULTS if name not in FREE and name not in config]
+    missing += [name for name in ("item_embedding",) if name not in params]
+    if not missing:
+        n_items = len(params["item_embedding"]) - 1
+        wanted = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"])
+        missing = [f"{name} of shape {p.shape}" for name, p in wanted.items()
+                   if name not in params or params[name].shape != p.shape]
     if missing:
-        raise DataError(f"{path} lacks {missing[0]!r}: give a model.npz of a training run")
+        raise DataError(f"{path} lacks {missing[0]}: {remedy}")
     return params, extra
 
 
@@ -362,6 +373,192 @@ def evaluate_command(given):
     return 0
 
 
+# ---------------------------------------------------------------------------------------------
+# Recommending, one event at a time
+
+TOP = 10
+HELP = "type a title, a part of one, or an id; or: undo, reset, why, help, quit"
+
+
+def find_item(text, item_ids, titles):
+    """The item that text names: its raw id, else its title, else the one title it is a part of.
+
+    Letter case does not matter in titles. Raises DataError with the candidates.
+    """
+    text = text.strip()
+    if text and text in item_ids:
+        return item_ids.index(text)
+    lower = [title.lower() for title in titles]
+    exact = [v for v, title in enumerate(lower) if v and title == text.lower()]
+    found = exact or [v for v, title in enumerate(lower) if v and text.lower() in title]
+    if text and len(found) == 1:
+        return found[0]
+    if text and found:
+        listed = "; ".join(f"{titles[v]} [{item_ids[v]}]" for v in found[:8])
+        raise DataError(f"{text!r} could be {len(found)} items, give more of it or the id: "
+                        + listed + ("; ..." if len(found) > 8 else ""))
+    close = difflib.get_close_matches(text.lower(), lower[1:], 5, 0.5)
+    near = "; ".join(titles[lower.index(title, 1)] for title in close) or "nothing"
+    raise DataError(f"no item {text!r}; the nearest: {near}")
+
+
+class Visitor:
+    """One user's history and state, event by event; undo goes back to the state before."""
+
+    def __init__(self, params):
+        self.params, self.history = params, []
+        self.states = [lrurec.init_state(params)]
+        self.hidden = [lrurec.encode(params, np.array([0]), np.array([True]))[0]]
+
+    def take(self, items):
+        """A whole history at once, by one scan."""
+        starts = np.arange(len(items)) == 0
+        hidden, state = lrurec.encode(self.params, np.array(items), starts, return_state=True)
+        self.history += items
+        self.states += [None] * (len(items) - 1) + [state]
+        self.hidden += list(hidden)
+
+    def add(self, item):
+        """One more event, by one step."""
+        hidden, state = lrurec.step(self.params, self.states[-1], np.array([item]))
+        self.history.append(item)
+        self.states.append(state)
+        self.hidden.append(hidden[0])
+
+    def top(self):
+        """-> items, scores, probabilities of the best TOP items that are not in the history."""
+        scores = lrurec.to_host(lrurec.score(self.params, self.hidden[-1]))
+        scores[self.history] = -np.inf
+        exps = np.exp(scores - scores.max())
+        n = min(TOP, len(scores) - 1 - len(set(self.history)))
+        best = np.argpartition(-scores, n - 1)[:n] if n > 0 else np.array([], int)
+        best = best[np.argsort(-scores[best], kind="stable")]
+        return best, scores[best], exps[best] / exps.sum()
+
+    def why(self):
+        """-> the top item, and for each past event the change of its score without that event."""
+        best = self.top()[0][0]
+        left_out = [self.history[:n] + self.history[n + 1:] or [0]
+                    for n in range(len(self.history))]
+        scores = model_scorer(self.params)([self.history, *left_out])[:, best]
+        return best, scores[1:] - scores[0]
+
+
+def recommend_command(given):
+    params, extra = load_model(given["model"])
+    if given.get("device", "cpu") != "cpu":
+        lrurec.use_device(given["device"])
+        params, extra = load_model(given["model"])
+    item_ids, titles = extra["item_ids"], extra["titles"]
+    visitor = Visitor(params)
+    if given.get("items") or given.get("new_user"):
+        if given.get("items"):
+            visitor.take([find_item(text, item_ids, titles) for text in given["items"]])
+        print_top(visitor, titles)
+    elif sys.stdin.isatty():
+        session(visitor, item_ids, titles)
+    else:
+        for n, line in enumerate(sys.stdin, 1):
+            if line.strip():
+                try:
+                    visitor.add(find_item(line, item_ids, titles))
+                except DataError as error:
+                    raise DataError(f"standard input, line {n}: {error}") from None
+                print("\t".join(titles[v] for v in visitor.top()[0]), flush=True)
+    return 0
+
+
+def print_top(visitor, titles):
+    items, scores, probabilities = visitor.top()
+    width = max([len(titles[v]) for v in items], default=0)
+    print(f"    {'after ' + str(len(visitor.history)) + ' events':<{width}}    score  probability")
+    for place, (v, s, p) in enumerate(zip(items, scores, probabilities), 1):
+        print(f"{place:2}  {titles[v]:<{width}} {s:8.3f}     {p:8.4f}")
+
+
+def session(visitor, item_ids, titles):
+    """Read titles and commands from the terminal until quit, end of input or Ctrl-C."""
+    print(HELP)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "quit":
+            return
+        if text == "help" or not text:
+            print(HELP)
+        elif text == "why":
+            if visitor.history and len(visitor.top()[0]):
+                best, changes = visitor.why()
+                print(f"{titles[best]}: its score without one of the events changes by")
+                for item, change in zip(visitor.history, changes):
+                    print(f"  {change:+8.3f}  {titles[item]}")
+            else:
+                print("nothing to explain: no events yet, or no item left")
+        elif text == "undo" and not visitor.history:
+            print("nothing to undo")
+        elif text in ("undo", "reset"):
+            for _ in range(1 if text == "undo" else len(visitor.history)):
+                for past in (visitor.history, visitor.states, visitor.hidden):
+                    past.pop()
+            print_top(visitor, titles)
+        else:
+            try:
+                item = find_item(text, item_ids, titles)
+            except DataError as error:
+                print(error)
+                continue
+            begin = time.perf_counter()
+            visitor.add(item)
+            visitor.top()
+            spent = time.perf_counter() - begin
+            print_top(visitor, titles)
+            print(f"{titles[item]} taken in, and the ten best found, in {spent * 1e6:.0f} us")
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking inside
+
+def disk(lam, radius=10):
+    """The eigenvalues on the unit disk, as lines of text: '.' the circle, a digit how many."""
+    grid = [[" "] * (4 * radius + 1) for _ in range(2 * radius + 1)]
+    for angle in np.linspace(0, 2 * np.pi, 40 * radius):
+        grid[round(radius * (1 - np.sin(angle)))][round(2 * radius * (1 + np.cos(angle)))] = "."
+    counts = {}
+    for z in lam:
+        cell = round(radius * (1 - z.imag)), round(2 * radius * (1 + z.real))
+        counts[cell] = counts.get(cell, 0) + 1
+    for (row, column), count in counts.items():
+        grid[row][column] = str(min(count, 9))
+    return ["".join(row).rstrip() for row in grid]
+
+
+def inspect_command(given):
+    params, extra = load_model(given["model"])
+    for k, p in enumerate(lrurec.blocks(params)):
+        lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
+        size = abs(lam.astype(complex))
+        half_life = np.log(0.5) / np.log(np.clip(size, 1e-300, 1 - 1e-16))
+        low, middle, high = np.quantile(half_life, [0.1, 0.5, 0.9])
+        print(f"block {k}: mean |lam| {size.mean():.2f} (from {size.min():.2f} to "
+              f"{size.max():.2f}); half-life in events: median {middle:.2f}, 10 % below {low:.2f}, "
+              f"10 % above {high:.2f}, longest {half_life.max():.1f}")
+        print("\n".join(disk(lam)))
+    groups = {}
+    for name, p in params.items():
+        part = name.split(".")[2] if name.startswith("blocks.") else name.split(".")[0]
+        groups[part] = groups.get(part, 0) + lrurec.real_view(p).size
+    print("parameters (a complex one counts twice): "
+          + ", ".join(f"{part} {n:,}" for part, n in groups.items())
+          + f"; in all {sum(groups.values()):,}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -401,7 +598,15 @@ def parse_arguments(argv):
                                 argument_default=argparse.SUPPRESS)
     test = commands.add_parser("evaluate", help="the metric table of a saved model",
                                argument_default=argparse.SUPPRESS)
-    test.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
+    serve = commands.add_parser("recommend", help="the top 10 for a history, or a session",
+                                argument_default=argparse.SUPPRESS)
+    look = commands.add_parser("inspect", help="eigenvalues, half-lives and parameter counts",
+                               argument_default=argparse.SUPPRESS)
+    for p in (test, serve, look):
+        p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
+    serve.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; "
+                       "none: a session on a terminal, one item a line from a pipe")
+    serve.add_argument("--new-user", action="store_true", help="what to show without a history")
 
     def add(parsers, name, text, **options):
         default = DEFAULTS[name[2:].replace("-", "_")]
@@ -419,7 +624,7 @@ def parse_arguments(argv):
         type=number(int, 0), metavar="N")
     add(both, "--threads", "shards of a batch worked on at once; does not change the result",
         type=number(int, 1), metavar="N")
-    add(both, "--device", "cpu, or gpu through CuPy", choices=["cpu", "gpu"])
+    add((*both, serve), "--device", "cpu, or gpu through CuPy", choices=["cpu", "gpu"])
     add([train], "--batch-size", "windows", type=number(int, 1), metavar="N")
     add([train], "--max-len", "events in a window and in an evaluated history, or none",
         type=max_len, metavar="N")
@@ -446,11 +651,15 @@ def main(argv=None):
     """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
         command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return {"train": train_command, "evaluate": evaluate_command}[command](given)
+        return {"train": train_command, "evaluate": evaluate_command,
+                "recommend": recommend_command, "inspect": inspect_command}[command](given)
     except SystemExit as exit:
         return exit.code or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:                        # the reader of our output has gone: no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (DataError, RuntimeError) as error:
         message = error
     except OSError as error:
