@@ -471,7 +471,7 @@ def recommend_command(given):
 def print_top(visitor, titles):
     items, scores, probabilities = visitor.top()
     width = max([len(titles[v]) for v in items], default=0)
-    print(f"    {'after ' + str(len(visitor.history)) + ' events':<{width}}    score  probability")
+    print(f"    {f'after {len(visitor.history)} event(s)':<{width}}    score  probability")
     for place, (v, s, p) in enumerate(zip(items, scores, probabilities), 1):
         print(f"{place:2}  {titles[v]:<{width}} {s:8.3f}     {p:8.4f}")
 
