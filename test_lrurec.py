@@ -18,11 +18,14 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import zipfile
 
-import numpy as np
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # small products: threads only wait
 
-import lrurec
+import numpy as np  # noqa: E402
+
+import lrurec  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------
 # The grader: an analytic gradient against the numeric one, tensor by tensor
@@ -247,7 +250,8 @@ def grade_scan_backward(L):
           mistakes=[(WALL, across), mistake(WALL, lam, h, NO_WALLS),
                     mistake("a missing conjugate: lam runs backward conjugated", lam.conj(), h,
                             STARTS),
-                    mistake("a missing conjugate: h enters dlam conjugated", lam, h.conj(), STARTS)])
+                    mistake("a missing conjugate: h enters dlam conjugated", lam, h.conj(),
+                            STARTS)])
 
 
 def grade_lru(L):
@@ -410,12 +414,14 @@ def write_exercise(name):
     shown, asked, _ = EXERCISES[name]
     used = set().union(*(names_used(getattr(lrurec, f)) for f in shown + asked))
     modules = {n for n in used if inspect.ismodule(getattr(lrurec, n))} - {"xp"}
+    used |= {"scan"} if "_scan_in_place" in used else set()       # what a learner would call
     imports = sorted((used - modules - set(shown) - set(asked)) | {"xp"})
     bodies = [inspect.getsource(getattr(lrurec, f)) for f in shown] + [skeleton(f) for f in asked]
     lines = [f'"""Exercise {name}: write {" and ".join(asked)}. The conventions stand in the '
              'header of lrurec.py.\n\nGrade it: python test_lrurec.py THIS_FILE\n"""',
              "import math\n\nimport numpy as np\n",
-             "from lrurec import (" + ",\n                    ".join(imports) + ")\n\n"]
+             textwrap.fill(f"from lrurec import ({', '.join(imports)})", 96,
+                           subsequent_indent=" " * 20) + "\n\n"]
     return "\n".join(lines) + "\n\n".join(bodies)
 
 
@@ -656,6 +662,90 @@ def test_float32_agrees_with_float64():
     for name in grads:
         assert grads32[name].dtype == single[name].dtype
         assert relative_error(grads32[name], grads[name]) < 1e-4, name
+
+
+def test_a_long_history_with_eigenvalues_near_one():
+    lam, u = lam_of(3, 0.99999), compl(5000, 3)
+    h = lrurec.scan_loop(lam, u, np.zeros(5000, bool))
+    for scan in (lrurec.scan, lrurec.scan_recursive):
+        assert relative_error(scan(lam, u, np.zeros(5000, bool)), h) < 1e-10
+
+
+def test_a_user_without_history_is_row_0_alone():
+    params = tiny_params()
+    alone = lrurec.encode(params, np.array([0]), np.array([True]))
+    among = lrurec.encode(params, np.array([3, 0, 5]), np.array([True, True, True]))
+    assert relative_error(among[1], alone[0]) < 1e-12
+    stepped, _ = lrurec.step(params, lrurec.init_state(params), np.array([0]))
+    assert relative_error(stepped[0], alone[0]) < 1e-12
+
+
+def test_what_a_function_returned_is_not_changed_by_a_later_call():
+    params, rng = tiny_params(), np.random.default_rng(0)
+    first, second = rng.integers(0, 8, 11), rng.integers(0, 8, 11)
+
+    def calls(items):
+        hidden, state = lrurec.encode(params, items, STARTS, return_state=True)
+        loss, grads = lrurec.loss_and_grads(params, items, items, STARTS, 0.2,
+                                            np.random.default_rng(1))
+        x, stepped = lrurec.step(params, lrurec.init_state(params, 11), items)
+        return [hidden, state, lrurec.score(params, hidden), x, stepped, *grads.values()]
+
+    results = calls(first)
+    copies = [r.copy() for r in results]
+    calls(second)
+    assert all((r == c).all() for r, c in zip(results, copies))
+
+
+def learn(items, targets, starts, n_items, steps=150, d_model=16, lr=0.02, n_blocks=1):
+    """Parameters after full-batch training, and the last loss."""
+    params = lrurec.init_params(n_items, d_model, n_blocks=n_blocks, rng=np.random.default_rng(0))
+    opt = lrurec.adamw_init(params)
+    for _ in range(steps):
+        loss, grads = lrurec.loss_and_grads(params, items, targets, starts)
+        lrurec.clip_gradients(grads, 5)
+        lrurec.adamw_update(params, grads, opt, lr, 0)
+    return params, loss
+
+
+def test_a_handful_of_sequences_can_be_memorised():
+    items = np.random.default_rng(0).integers(1, 21, 60)
+    starts = np.arange(60) % 12 == 0
+    targets = np.where(np.roll(starts, -1), 0, np.roll(items, -1))
+    assert learn(items, targets, starts, 20)[1] < 0.05
+
+
+def test_the_loss_falls_to_a_markov_chains_entropy_rate_and_not_below():
+    rng, V = np.random.default_rng(0), 5
+    transition = rng.dirichlet(np.full(V, 0.6), V)
+
+    def sample(users, length):
+        state, columns = rng.integers(0, V, users), []
+        for _ in range(length):
+            columns.append(state)
+            state = (rng.random((users, 1)) > transition[state].cumsum(1)).sum(1).clip(0, V - 1)
+        rows = np.stack(columns, 1)
+        starts = np.zeros((users, length - 1), bool)
+        starts[:, 0] = True
+        return 1 + rows[:, :-1].ravel(), 1 + rows[:, 1:].ravel(), starts.ravel()
+
+    params, _ = learn(*sample(800, 21), V, steps=80, d_model=8)
+    items, targets, starts = sample(1000, 21)
+    loss, _ = lrurec.loss_and_grads(params, items, targets, starts)
+    cost = -np.log(transition[items - 1, targets - 1])            # of knowing the chain itself
+    assert -0.002 < loss - cost.mean() < 0.04, (loss, cost.mean())
+
+
+def test_the_recurrence_learns_what_no_memoryless_model_can():
+    k, length, rng = 3, 16, np.random.default_rng(0)              # target: the item k steps ago
+    rows = rng.integers(1, 6, (100, length))
+    targets = np.zeros_like(rows)
+    targets[:, k:] = rows[:, :-k]
+    starts = np.zeros(rows.shape, bool)
+    starts[:, 0] = True
+    _, loss = learn(rows.ravel(), targets.ravel(), starts.ravel(), 5, steps=150)
+    _, memoryless = learn(rows.ravel(), targets.ravel(), np.ones(rows.size, bool), 5, steps=50)
+    assert loss < 0.2 and memoryless > math.log(5) - 0.1, (loss, memoryless)
 
 
 # ---------------------------------------------------------------------------------------------
