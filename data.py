@@ -283,7 +283,7 @@ def find_columns(row, path, line, columns=None):
 
     user, item, when = position(USER_NAMES), position(ITEM_NAMES), position(TIME_NAMES)
     header = user is not None and item is not None
-    if columns and columns[0].isdigit():
+    if columns and columns[0].isdecimal():
         where = [int(column) - 1 for column in columns]
         if max(where) >= len(row):
             raise DataError(f"{path}, line {line}: {len(row)} columns, but --columns asks for "

@@ -760,23 +760,22 @@ def save(path, params, **extra):
 
 def load(path):
     """-> params, extra, as given to save. Raises ValueError where the file is not such a one."""
+    params, extra = {}, {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            entries = {name: file[name] for name in file.files}
-    except (OSError, MemoryError):
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = str(file["format"]) if "format" in file.files else "none"
+            for key in file.files if found == FORMAT else ():
+                kind, _, name = key.partition("/")
+                if kind == "params":
+                    params[name] = xp.asarray(file[key])
+                elif kind == "array":
+                    extra[name] = file[key]
+                elif kind == "json":
+                    extra[name] = json.loads(str(file[key]))
+    except OSError:
         raise
     except Exception:                              # what a damaged zip can raise has no end
         raise ValueError(f"{path} is not a model file, or is damaged") from None
-    found = str(entries.get("format", "none"))
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}; this program reads {FORMAT!r}")
-    params, extra = {}, {}
-    for name, value in entries.items():
-        kind, _, name = name.partition("/")
-        if kind == "params":
-            params[name] = xp.asarray(value)
-        elif kind == "array":
-            extra[name] = value
-        elif kind == "json":
-            extra[name] = json.loads(str(value))
     return params, extra

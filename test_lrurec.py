@@ -9,6 +9,7 @@ grader of the exercises.
 
 Offline, and nothing but NumPy and pytest. float64 throughout, where nothing else is said.
 """
+import gzip
 import importlib.util
 import inspect
 import io
@@ -793,30 +794,96 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("text", [
-    "1\t10\t5\t100\n1\t11\t3\t200\n2\t10\t1\t50\n",
-    "1::10::5::100\n1::11::3::200\n2::10::1::50\n",
-    "user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t10\t5\t100\n1\t11\t3\t200\n"
-    "2\t10\t1\t50\n",
-    "\ufeffts,movieId,userId\r\n100,10,1\r\n\r\n200, 11 ,1\r\n50,\"10\",2",
-], ids=["u.data", "ratings.dat", "inter", "csv"])
-def test_the_same_events_from_every_format(tmp_path, text):
-    events = reader.read_file(write(tmp_path / "f", text))
+GOOD = {  # what the file holds -> columns; each says: user 1 saw 10 at 100, 11 at 200; user 2: 10
+    "u.data, tabs": ("1\t10\t5\t100\n1\t11\t3\t200\n2\t10\t1\t50\n", None),
+    "ratings.dat, ::": ("1::10::5::100\n1::11::3::200\n2::10::1::50\n", None),
+    "RecBole's .inter": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+                         "1\t10\t5\t100\n1\t11\t3\t200\n2\t10\t1\t50\n", None),
+    "byte-order mark, CRLF, blank lines, spaces, quotes, other column order":
+        ("\ufeffts,movieId,userId\r\n100,10,1\r\n\r\n200, 11 , 1\r\n50,\"10\",2", None),
+    "Amazon, no header": ("1,10,5.0,100\n1,11,3.0,200\n2,10,1.0,50", None),
+    "three columns, no header": ("1,10,100\n1,11,200\n2,10,50", None),
+    "floating times": ("uid,sid,time\n1,10,100.0\n1,11,2e2\n2,10,50.0", None),
+    "extra columns": ("user,x,item,y,time\n1,,10,,100\n1,,11,,200\n2,a,10,\"b,c\",50", None),
+    "KuaiRand, by name": ("user_id,video_id,date,time_ms\n1,10,d,100\n1,11,d,200\n2,10,d,50",
+                          ["user_id", "video_id", "time_ms"]),
+    "by number": ("100;10;1\n200;11;1\n50;10;2", ["3", "2", "1"]),
+    "semicolons": ("user;item;time\n1;10;100\n1;11;200\n2;10;50", None),
+    "gzip": (gzip.compress(b"1,10,100\n1,11,200\n2,10,50\n"), None),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_same_events_from_every_format(name, tmp_path):
+    text, columns = GOOD[name]
+    events = reader.read_file(write(tmp_path / "f", text), columns)
     assert [events.user_ids[u] for u in events.users] == ["1", "1", "2"]
     assert [events.item_ids[i] for i in events.items] == ["10", "11", "10"]
     assert events.times.tolist() == [100, 200, 50]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "is empty"), ("user,item\n", "no events"), ("1,2,3\n1\n", "line 2: 1 columns"),
-    ("1,2,x\n", "line 1: time 'x'"), ("1,2,nan\n", "line 1: time"), ("1,,3\n", "empty item id"),
-    (b"1,2,3\n1,\x002,3\n", "line 2: a NUL byte"), (b"\xff\xfe1\x00", "UTF-16"),
-    (b"1,2,3\n\x80\n", "line 2: byte 0x80"), ("alone\n", "no delimiter"),
-])
-def test_bad_input_is_named(tmp_path, text, message):
-    with pytest.raises(reader.DataError, match=message) as error:
-        reader.read_file(write(tmp_path / "f", text))
-    assert str(tmp_path / "f") in str(error.value) and "\n" not in str(error.value)
+def test_ids_are_any_text_and_times_are_exact(tmp_path):
+    text = 'user,item,time\nJosé,"a, b",1700000000000000001\n用户,c::d,1700000000000000002\n'
+    events = reader.read_file(write(tmp_path / "f.csv", text))
+    assert events.user_ids == ["José", "用户"] and events.item_ids == ["a, b", "c::d"]
+    assert events.times.tolist() == [1700000000000000001, 1700000000000000002]
+    no_time = reader.read_file(write(tmp_path / "g.csv", "b,x\na,y\n"))
+    assert no_time.times.tolist() == [0, 1], "without times the file's order is time order"
+
+
+BAD = [  # file name, content, what the line says
+    ("f", "", "is empty"), ("f", " \n\n", "is empty"), ("f", "user,item\n", "no events"),
+    ("f", "1,2,3\n1\n", "line 2: 1 columns"), ("f", "1,2,x\n", "line 1: time 'x'"),
+    ("f", "1,2,nan\n", "line 1: time"), ("f", "1,2,3\n1,2,inf\n", "line 2: time"),
+    ("f", "1,,3\n", "empty item id"), ("f", "1,2,3\n , 2,3\n", "line 2: an empty user id"),
+    ("f", b"1,2,3\n1,\x002,3\n", "line 2: a NUL byte"), ("f", b"\xff\xfe1\x00", "UTF-16"),
+    ("f", b"1,2,3\n\x80\n", "line 2: byte 0x80"), ("f", b"\x89PNG\r\n\x1a\n", "line 1: byte"),
+    ("f", "alone\n", "no delimiter"), ("f", '1,2,3\n1,"2"x,3\n', "line 2"),
+    ("f.gz", "1,2,3\n", "not gzip"), ("f.gz", b"\x1f\x8b junk", "damaged gzip"),
+    ("f.gz", gzip.compress(b"1,2,3\n" * 99)[:-9], "damaged gzip"),
+    ("f", "1,2,3\n1,4,5\n", "nobody is left"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input_ends_with_2_and_one_line_and_writes_nothing(case, tmp_path, capsys):
+    name, content, message = BAD[case]
+    path = write(tmp_path / name, content)
+    assert run("--data", path, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert path in error and message in error and error.count("\n") == 1, error
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_the_reader_and_the_model_loader_survive_random_edits(model, tmp_path):
+    rng = np.random.default_rng(0)
+    text = b'user,item,time\n' + b'u1,"i,1",100\nu2,i2,3.5\nu1;i3\t::,7\n' * 3
+    whole = model.read_bytes()
+    for n in range(600):
+        source = [text, whole][n % 2]
+        content = bytearray(source if n % 5 else rng.bytes(80))
+        for _ in range(rng.integers(1, 6)):
+            k = rng.integers(len(content))
+            content[k:k + rng.integers(0, 3)] = rng.bytes(int(rng.integers(0, 4)))
+        path = write(tmp_path / "f", bytes(content[:rng.integers(len(content)) if n % 3 == 0
+                                                   else None]))
+        try:
+            if n % 2:
+                train.load_model(path)
+            else:
+                reader.prepare(reader.read_file(path), path, 0)
+        except reader.DataError as error:
+            assert path in str(error) and "\n" not in str(error)
+
+
+def test_no_code_runs_from_a_model_file(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+    np.savez(tmp_path / "m.npz", format=np.array([Bomb()], object))
+    with pytest.raises(reader.DataError, match="not a model file"):
+        train.load_model(str(tmp_path / "m.npz"))
+    assert not (tmp_path / "exploded").exists()
 
 
 def toy_events(rows):

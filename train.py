@@ -256,10 +256,13 @@ def load_model(path, keys=("epoch", "item_ids", "titles")):
     missing += [f"config {name}" for name in DEFAULTS if name not in FREE and name not in config]
     missing += [name for name in ("item_embedding",) if name not in params]
     if not missing:
-        n_items = len(params["item_embedding"]) - 1
-        wanted = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"])
-        missing = [f"{name} of shape {p.shape}" for name, p in wanted.items()
-                   if name not in params or params[name].shape != p.shape]
+        try:
+            n_items = len(params["item_embedding"]) - 1
+            wanted = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"])
+            missing = [f"{name} of shape {p.shape}" for name, p in wanted.items()
+                       if name not in params or params[name].shape != p.shape]
+        except (TypeError, ValueError):
+            missing = ["a sound configuration"]
     if missing:
         raise DataError(f"{path} lacks {missing[0]}: {remedy}")
     return params, extra
@@ -584,9 +587,9 @@ def parse_arguments(argv):
 
     def columns(text):
         parts = text.split(",")
-        digits = [part.isdigit() for part in parts]
+        digits = [part.isdecimal() for part in parts]
         if (len(parts) not in (2, 3) or not all(parts) or len(set(parts)) < len(parts)
-                or any(digits) != all(digits) or "0" in parts):
+                or any(digits) != all(digits) or digits[0] and "0" in parts):
             raise argparse.ArgumentTypeError(f"{text!r}: give USER,ITEM or USER,ITEM,TIME, all "
                                              "names or all numbers from 1")
         return text
