@@ -149,10 +149,9 @@ def lam_of(H, radius=0.9):
     return radius * np.exp(1j * np.linspace(0.4, 5.1, H))         # generic phases
 
 
-def tiny_params(n_items=7, d_model=4, **sizes):
-    """float64, nothing zero or symmetric: zeros hide wrong gradients."""
-    params = lrurec.init_params(n_items, d_model, rng=np.random.default_rng(1),
-                                dtype=np.float64, **sizes)
+def tiny_params(n_items=7, n_blocks=2):
+    """float64, nothing zero, square or symmetric: zeros hide wrong gradients."""
+    params = lrurec.init_params(n_items, 4, 5, 6, n_blocks, np.random.default_rng(1), np.float64)
     for seed, p in enumerate(params.values()):
         p += 0.3 * (compl if np.iscomplexobj(p) else real)(*p.shape, seed=seed)
     return params
@@ -354,7 +353,7 @@ def grade_step(L):
             raise Wrong(f"\nstep differs from encode at event {n}: {x[0]} and {hidden[n]}")
         if n == 10 or STARTS[n + 1]:
             assert relative_error(state[:, 0], states[:, segment]) < 1e-12, "the state differs"
-    assert states.shape == (2, 4, 8)
+    assert states.shape == (2, 4, 5)
 
 
 def pair(name):
