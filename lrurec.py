@@ -49,7 +49,7 @@ import numpy as np
 # Array backend: every array below is made by xp, which is NumPy or, on request, CuPy.
 
 xp = np
-LOGITS_PER_CHUNK = 2 ** 18        # cross-entropy works on so many logits at once: 1 MB, in cache
+LOGITS_PER_CHUNK = 2 ** 19        # cross-entropy works on so many logits at once: 2 MB, in cache
 
 
 def use_device(device):
@@ -58,7 +58,7 @@ def use_device(device):
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
     if device == "cpu":
-        xp, LOGITS_PER_CHUNK = np, 2 ** 18
+        xp, LOGITS_PER_CHUNK = np, 2 ** 19
         return
     try:
         cupy = importlib.import_module("cupy")
@@ -82,6 +82,11 @@ def real_view(z):
     return z.view(z.real.dtype)
 
 
+def sum_rows(x):
+    """x (N, M) -> (M,): the sum over rows, as a product, which is several times faster."""
+    return xp.ones(len(x), x.dtype) @ x
+
+
 # ---------------------------------------------------------------------------------------------
 # Layers: each forward returns (out, cache); its backward stands directly below, and returns
 # the gradients of the forward's array inputs, in their order.
@@ -99,7 +104,7 @@ def linear_backward(dout, cache):
     Derivative: dx = dout W^T, dW = x^T dout, db = sum over rows of dout.
     """
     x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(0)
+    return dout @ W.T, x.T @ dout, sum_rows(dout)
 
 
 GELU_C = math.sqrt(2 / math.pi)
@@ -107,37 +112,36 @@ GELU_A = 0.044715
 
 
 def gelu_forward(x):
-    """out = x/2 (1 + t), t = tanh(c (x + a x^3)), c = sqrt(2/pi), a = 0.044715.   x (...)
+    """out = x s, s = sigmoid(2c (x + a x^3)) = (1 + tanh(c (x + a x^3)))/2.   x (...)
 
-    The tanh form of Hendrycks and Gimpel, arXiv 1606.08415.
+    c = sqrt(2/pi), a = 0.044715: the tanh form of Hendrycks and Gimpel, arXiv 1606.08415.
     """
-    t = x * x
-    t *= GELU_C * GELU_A
-    t += GELU_C
-    t *= x
-    xp.tanh(t, out=t)
-    out = t + 1
-    out *= x
-    out *= 0.5
-    return out, (x, t)
+    s = x * x
+    s *= GELU_C * GELU_A
+    s += GELU_C
+    s *= x
+    xp.tanh(s, out=s)
+    s += 1
+    s *= 0.5
+    return x * s, (x, s)
 
 
 def gelu_backward(dout, cache):
     """dout (...) -> dx (...)
 
-    Derivative: dx = dout (1/2 (1 + t) + x/2 (1 - t^2) c (1 + 3 a x^2)).
+    Derivative: the slope of a sigmoid s is s (1 - s), so
+    dx = dout (s + x s (1 - s) 2c (1 + 3a x^2)).
     """
-    x, t = cache
-    slope = x * x
-    slope *= 3 * GELU_A * GELU_C
-    slope += GELU_C
-    slope *= x
-    slope *= 1 - t * t
-    slope += t
-    slope += 1
-    slope *= 0.5
-    slope *= dout
-    return slope
+    x, s = cache
+    dx = x * x
+    dx *= 6 * GELU_A * GELU_C
+    dx += 2 * GELU_C
+    dx *= x
+    dx *= 1 - s
+    dx += 1
+    dx *= s
+    dx *= dout
+    return dx
 
 
 def layer_norm_forward(x, scale, shift, eps=1e-5):
@@ -168,7 +172,7 @@ def layer_norm_backward(dout, cache):
     dx -= dx @ average
     dx -= along
     dx *= rstd
-    return dx, (dout * xhat).sum(0), dout.sum(0)
+    return dx, sum_rows(dout * xhat), sum_rows(dout)
 
 
 def dropout_forward(x, p, rng):
@@ -179,7 +183,8 @@ def dropout_forward(x, p, rng):
     if p == 0:
         return x, None
     keep = _random_uint16(x.shape, rng) >= round(p * 2 ** 16)
-    mask = keep * xp.asarray(1 / (1 - p), x.dtype)
+    mask = keep.astype(x.dtype)
+    mask *= 1 / (1 - p)
     return x * mask, mask
 
 
@@ -335,7 +340,7 @@ def scan_backward(dh, lam, h, starts):
     products = h[:-1].conj()
     products *= g[1:]
     products[starts[1:]] = 0
-    return products.sum(0), g
+    return sum_rows(real_view(products)).view(g.dtype), g
 
 
 _KERNELS = {}
@@ -428,7 +433,7 @@ def complex_out_backward(dout, cache):
     h, C_bar = cache
     dh = (dout @ real_view(C_bar)).view(h.dtype)   # (N, D) -> (N, H)
     dC_bar = (dout.T @ real_view(h)).view(h.dtype)
-    return dh, xp.ascontiguousarray(dC_bar.conj().T), dout.sum(0)
+    return dh, xp.ascontiguousarray(dC_bar.conj().T), sum_rows(dout)
 
 
 def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
@@ -604,13 +609,14 @@ def output_loss(hidden, E, output_bias, targets):
     n_rows = max(16, LOGITS_PER_CHUNK // len(E))
     for n in range(0, len(hidden), n_rows):
         rows = slice(n, n + n_rows)
-        logits, linear = linear_forward(hidden[rows], E.T, output_bias)
+        logits = hidden[rows] @ E.T                # (rows, D) -> (rows, V+1)
+        logits += output_bias
         chunk_loss, cache = cross_entropy_forward(logits, targets[rows], weights[rows])
-        dlogits = cross_entropy_backward(1, cache)
-        dhidden[rows], dE_T, dbias = linear_backward(dlogits, linear)
         loss += chunk_loss
-        dE += dE_T.T
-        doutput_bias += dbias
+        dlogits = cross_entropy_backward(1, cache)
+        dhidden[rows] = dlogits @ E
+        dE += dlogits.T @ hidden[rows]
+        doutput_bias += sum_rows(dlogits)
     return loss, dhidden, dE, doutput_bias
 
 
@@ -676,7 +682,7 @@ def step(params, state, items):
         lam, _ = lam_forward(p["lru.nu_log"], p["lru.theta_log"])
         u, _ = complex_in_forward(x, p["lru.B"], p["lru.b_B"])
         new_state[k] = lam * state[k] + xp.exp(p["lru.gamma_log"]) * u
-        y, _ = complex_out_forward(new_state[k], p["lru.C"], p["lru.b_C"])
+        y = (new_state[k] @ p["lru.C"]).real + p["lru.b_C"]
         x, _ = layer_norm_forward(x + y, p["lru_norm.scale"], p["lru_norm.shift"])
         y, _ = linear_forward(x, p["ffn.W1"], p["ffn.b1"])
         y, _ = gelu_forward(y)

@@ -8,6 +8,7 @@
     python train.py recommend runs/mine/model.npz "Star Wars" "Fargo"
     python train.py recommend runs/mine/model.npz            an interactive session
     python train.py inspect runs/mine/model.npz
+    python train.py bench
 
 No mathematics of the model stands here: see lrurec.py, and data.py for the protocol's data side.
 """
@@ -18,6 +19,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
     os.environ.setdefault(variable, "1")           # the threads below share out shards instead
 
 import argparse
+import ctypes
 import difflib
 import json
 import sys
@@ -31,7 +33,7 @@ import data as reader
 import lrurec
 from data import DataError
 
-SHARD_ROWS = 1024             # a batch is cut into shards of about so many rows: they fit the cache
+SHARD_ROWS = 3000             # a batch is cut into shards of about so many rows
 GROUP_ROWS = 2048             # as many at once in the evaluation
 MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
@@ -132,7 +134,7 @@ def baseline_scorers(data):
 
 def shards(items, targets, starts):
     """Cut a batch at walls into shards of about SHARD_ROWS rows (one on a GPU)."""
-    n_shards = 1 if lrurec.xp is not np else max(1, round(len(items) / SHARD_ROWS))
+    n_shards = 1 if lrurec.xp is not np else max(2, round(len(items) / SHARD_ROWS))
     walls = np.flatnonzero(starts)
     wanted = len(items) * np.arange(1, n_shards) / n_shards
     cuts = np.unique(np.append(walls, len(items))[np.searchsorted(walls, wanted)])
@@ -151,17 +153,17 @@ def train_step(params, opt, batch, config, pool):
 
     def run(shard):
         rng = np.random.default_rng([config["seed"], opt["step"], shard])
-        return lrurec.loss_and_grads(params, *parts[shard], config["dropout"], rng)
-
-    loss, total = 0, None
-    for part, (part_loss, grads) in zip(parts, pool.map(run, range(len(parts)))):
-        weight = np.count_nonzero(part[1]) / n_targets
-        loss = loss + weight * part_loss
-        for name, g in grads.items():
+        loss, grads = lrurec.loss_and_grads(params, *parts[shard], config["dropout"], rng)
+        weight = np.count_nonzero(parts[shard][1]) / n_targets
+        for g in grads.values():
             g *= weight
-            if total is not None:
-                total[name] += g
-        total = total or grads
+        return weight * loss, grads
+
+    (loss, total), *others = pool.map(run, range(len(parts)))
+    for other_loss, grads in others:
+        loss = loss + other_loss
+        for name, g in grads.items():
+            total[name] += g
     lrurec.clip_gradients(total, MAX_NORM)
     lrurec.adamw_update(params, total, opt, config["lr"], config["weight_decay"])
     return loss
@@ -405,6 +407,18 @@ def find_item(text, item_ids, titles):
     raise DataError(f"no item {text!r}; the nearest: {near}")
 
 
+def top_items(scores, n=TOP):
+    """scores (users, V+1), used up -> the n best items of each user, best first: (users, n)
+
+    n times argmax, which takes a tenth of the time of a partial sort where n is small.
+    """
+    xp, best = lrurec.xp, []
+    for _ in range(n):
+        best.append(scores.argmax(1))
+        scores[xp.arange(len(scores)), best[-1]] = -xp.inf
+    return xp.stack(best, 1) if best else xp.empty((len(scores), 0), int)
+
+
 class Visitor:
     """One user's history and state, event by event; undo goes back to the state before."""
 
@@ -434,8 +448,7 @@ class Visitor:
         scores[self.history] = -np.inf
         exps = np.exp(scores - scores.max())
         n = min(TOP, len(scores) - 1 - len(set(self.history)))
-        best = np.argpartition(-scores, n - 1)[:n] if n > 0 else np.array([], int)
-        best = best[np.argsort(-scores[best], kind="stable")]
+        best = top_items(scores[None].copy(), n)[0]
         return best, scores[best], exps[best] / exps.sum()
 
     def why(self):
@@ -560,6 +573,179 @@ def inspect_command(given):
 
 
 # ---------------------------------------------------------------------------------------------
+# Speed
+
+PARTS = {"cross-entropy": ["output_loss"],
+         "recurrence": ["_scan_in_place", "scan_backward"],
+         "projections": ["complex_in_forward", "complex_in_backward", "complex_out_forward",
+                         "complex_out_backward"],
+         "feed-forward": ["linear_forward", "linear_backward", "gelu_forward", "gelu_backward"],
+         "layer norm": ["layer_norm_forward", "layer_norm_backward"],
+         "dropout": ["dropout_forward", "dropout_backward"],
+         "embedding": ["embedding_forward", "embedding_backward"],
+         "optimizer": ["clip_gradients", "adamw_update"]}
+
+
+def timed(work, at_least=3, seconds=0.3):
+    """Median seconds of work(), after one call to warm up."""
+    work()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < at_least or time.perf_counter() < end:
+        begin = time.perf_counter()
+        work()
+        wait_for_device()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def wait_for_device():
+    if lrurec.xp is not np:
+        lrurec.xp.cuda.get_current_stream().synchronize()
+
+
+def floor(params, batch, pool):
+    """The matrix products that nobody can avoid in one training step: nothing but these."""
+    E, p = params["item_embedding"], lrurec.blocks(params)[0]
+    W, B = p["ffn.W1"], lrurec.real_view(p["lru.B"])
+
+    def products(part):
+        n = len(part[0])
+        x, h, f = (lrurec.xp.ones((n, width), E.dtype) for width in
+                   (E.shape[1], B.shape[1], W.shape[1]))
+        for _ in lrurec.blocks(params):
+            for wide, M in ((h, B), (f, W)):       # there and back: (N, D) -> (N, wide) -> (N, D)
+                for _ in range(2):
+                    x @ M, wide @ M.T, x.T @ wide
+        n_rows = max(16, lrurec.LOGITS_PER_CHUNK // len(E))
+        for k in range(0, n, n_rows):
+            logits = x[k:k + n_rows] @ E.T
+            logits @ E, x[k:k + n_rows].T @ logits
+    list(pool.map(products, shards(*batch)))
+
+
+def time_per_part(params, opt, batches, config, pool):
+    """Seconds in each of PARTS over a few steps; what is called inside a part of its own kind or
+    another is counted there, once."""
+    spent, running = dict.fromkeys([*PARTS, "the rest"], 0.0), ["the rest"]
+    clock = [time.perf_counter()]
+
+    def switch():
+        now = time.perf_counter()
+        spent[running[-1]] += now - clock[0]
+        clock[0] = now
+
+    def watched(part, function):
+        def call(*args, **options):
+            nested = running[-1] == "cross-entropy"               # its products are its own
+            switch()
+            running.append(running[-1] if nested else part)
+            try:
+                return function(*args, **options)
+            finally:
+                switch()
+                running.pop()
+        return call
+
+    originals = {name: getattr(lrurec, name) for names in PARTS.values() for name in names}
+    for part, names in PARTS.items():
+        for name in names:
+            setattr(lrurec, name, watched(part, originals[name]))
+    try:
+        clock[0] = time.perf_counter()
+        for batch in batches:
+            train_step(params, opt, batch, config, pool)
+        switch()
+    finally:
+        for name, function in originals.items():
+            setattr(lrurec, name, function)
+    return spent
+
+
+def peak_memory():
+    """Peak resident memory of this process in MB, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def bench_command(given):
+    config = {**DEFAULTS, "batch_size": 128, "max_len": 200, "dropout": 0.2, **given}
+    lrurec.use_device(config["device"])
+    data, xp, rng = load_data(config), lrurec.xp, np.random.default_rng(0)
+    rows = reader.training_rows(data, config["max_len"])
+    params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
+    opt = lrurec.adamw_init(params)
+    epoch = list(reader.batches(rows, config["batch_size"], rng))
+    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {config['threads']} threads, "
+          f"{config['device']}; {data.name}, batches of {config['batch_size']} windows of "
+          f"{config['max_len']}, dropout {config['dropout']}\n")
+
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        def seconds(work):
+            begin = time.perf_counter()
+            for batch in epoch:
+                work(batch)
+            wait_for_device()
+            return time.perf_counter() - begin
+
+        pairs = []
+        for _ in range(6):                         # the first pair warms up
+            pairs.append((seconds(lambda b: train_step(params, opt, b, config, pool)),
+                          seconds(lambda b: floor(params, b, pool))))
+        steps, floors = np.array(pairs[1:]).T
+        n = len(epoch)
+        print(f"training step    {np.median(steps) / n * 1e3:8.1f} ms   its matrix products alone "
+              f"{np.median(floors) / n * 1e3:.1f} ms   ratio {np.median(steps / floors):.2f} "
+              f"(pairs {', '.join(f'{r:.2f}' for r in steps / floors)})")
+        print(f"                 {len(rows.items) * len(steps) / steps.sum():8,.0f} events a second"
+              f"   {np.median(steps):.2f} s an epoch of {n} steps")
+    with ThreadPoolExecutor(1) as pool:
+        spent = time_per_part(params, opt, epoch[:4], config, pool)
+    print("one thread:      " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
+                                          sorted(spent.items(), key=lambda x: -x[1])))
+    if peak_memory():
+        print(f"peak memory      {peak_memory():8.0f} MB so far\n")
+
+    print("the three scans, ms        loop  recursive      scan")
+    lam = xp.asarray((0.9 * np.exp(1j * np.linspace(0.3, 6, 128))).astype(np.complex64))
+    for users, length in ((1, 100), (1, 1000), (1, 10000), (128, 100)):
+        u = xp.asarray(rng.normal(size=(users * length, 256)).astype(np.float32)).view(lam.dtype)
+        starts = xp.asarray(np.arange(users * length) % length == 0)
+        times = [timed(lambda: scan(lam, u, starts), 1) * 1e3 for scan in
+                 (lrurec.scan_loop, lrurec.scan_recursive, lrurec.scan)]
+        print(f"  {users:3} x {length:6} events" + "".join(f"{ms:11.3f}" for ms in times))
+
+    print("\none more event of one user, us     step, score, top 10    encode, score, top 10")
+    for length in (10, 100, 1000, 10000):
+        history = rng.integers(1, len(data.item_ids), length)
+        starts = np.arange(length) == 0
+        _, state = lrurec.encode(params, history, starts, return_state=True)
+
+        def by_step():
+            hidden, _ = lrurec.step(params, state, history[:1])
+            return top_items(lrurec.score(params, hidden))
+
+        def by_encode():
+            hidden = lrurec.encode(params, history, starts)[-1:]
+            return top_items(lrurec.score(params, hidden))
+
+        print(f"  after {length:6} events  {timed(by_step) * 1e6:20.0f} "
+              f"{timed(by_encode) * 1e6:24.0f}")
+    users = rng.integers(1, len(data.item_ids), 1000)
+    state = lrurec.init_state(params, 1000)
+
+    def all_users():
+        hidden, _ = lrurec.step(params, state, users)
+        return top_items(lrurec.score(params, hidden))
+
+    print(f"  1,000 users at once {timed(all_users) * 1e3:18.1f} us a user")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
 # The command line
 
 class Parser(argparse.ArgumentParser):
@@ -603,6 +789,8 @@ def parse_arguments(argv):
                                argument_default=argparse.SUPPRESS)
     serve = commands.add_parser("recommend", help="the top 10 for a history, or a session",
                                 argument_default=argparse.SUPPRESS)
+    speed = commands.add_parser("bench", help="speed of all of it, next to its floor",
+                                argument_default=argparse.SUPPRESS)
     look = commands.add_parser("inspect", help="eigenvalues, half-lives and parameter counts",
                                argument_default=argparse.SUPPRESS)
     for p in (test, serve, look):
@@ -625,9 +813,9 @@ def parse_arguments(argv):
         type=number(int, 1), metavar="N")
     add([train], "--seed", "of initial values, order, dropout and random ties",
         type=number(int, 0), metavar="N")
-    add(both, "--threads", "shards of a batch worked on at once; does not change the result",
+    add((*both, speed), "--threads", "shards of a batch worked on at once; does not change the result",
         type=number(int, 1), metavar="N")
-    add((*both, serve), "--device", "cpu, or gpu through CuPy", choices=["cpu", "gpu"])
+    add((*both, serve, speed), "--device", "cpu, or gpu through CuPy", choices=["cpu", "gpu"])
     add([train], "--batch-size", "windows", type=number(int, 1), metavar="N")
     add([train], "--max-len", "events in a window and in an evaluated history, or none",
         type=max_len, metavar="N")
@@ -650,12 +838,25 @@ def parse_arguments(argv):
     return given.pop("command"), given
 
 
+def keep_memory():
+    """Have glibc keep what a step frees for the next one: otherwise it goes back to the system
+    and is fetched again page by page, at 5-20 % of the time. Elsewhere this does nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
+    mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
+
+
 def main(argv=None):
     """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    keep_memory()
     try:
         command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         return {"train": train_command, "evaluate": evaluate_command,
-                "recommend": recommend_command, "inspect": inspect_command}[command](given)
+                "recommend": recommend_command, "inspect": inspect_command,
+                "bench": bench_command}[command](given)
     except SystemExit as exit:
         return exit.code or 0
     except KeyboardInterrupt:
