@@ -278,8 +278,8 @@ def scan_recursive(lam, u, starts):
     half = len(u) // 2
     left = scan_recursive(lam, u[:half], starts[:half])
     right = scan_recursive(lam, u[half:], starts[half:])
-    open_rows = ~xp.logical_or.accumulate(starts[half:])          # no wall yet
-    powers = lam ** xp.arange(1, len(right) + 1)[:, None]         # (rows, H)
+    open_rows = xp.cumsum(starts[half:]) == 0                     # no wall yet
+    powers = lam ** xp.arange(1, len(right) + 1, dtype=lam.real.dtype)[:, None]  # (rows, H)
     right += xp.where(open_rows[:, None], powers * left[-1], 0)
     return xp.concatenate([left, right])
 
@@ -351,12 +351,12 @@ def _gpu_kernels():
     if not _KERNELS:
         _KERNELS["scan"] = xp.ElementwiseKernel(   # one thread walks one segment of one channel
             "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
-            long long n = i / H, c = i % H;
-            if (n == 0 || starts[n]) {
-                T state = h[n * H + c];
-                while (++n < N && !starts[n]) {
-                    state = lam[c] * state + h[n * H + c];
-                    h[n * H + c] = state;
+            long long row = i / H, c = i % H;
+            if (row == 0 || starts[row]) {
+                T state = h[row * H + c];
+                while (++row < N && !starts[row]) {
+                    state = lam[c] * state + h[row * H + c];
+                    h[row * H + c] = state;
                 }
             }""", "lru_scan")
         _KERNELS["random"] = xp.ElementwiseKernel(  # splitmix64 (Steele et al. 2014) of seed + i

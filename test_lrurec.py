@@ -1234,3 +1234,167 @@ def test_a_model_that_does_not_fit_is_one_clear_line(model, change, message, tmp
     assert run("evaluate", tmp_path / "bad.npz") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The GPU, on machines without one: a stand-in for CuPy whose arrays refuse NumPy
+
+class DeviceArray:
+    """An array that NumPy cannot read and no NumPy array can be mixed with, as on a card."""
+    __array_ufunc__ = None                         # NumPy's operators give up
+    reads = 0                                      # copies to the host, each a wait for the card
+
+    def __init__(self, array):
+        self.inside = np.asarray(array)
+
+    def __array__(self, *args, **options):
+        raise TypeError("a device array was handed to NumPy")
+
+    def get(self):
+        DeviceArray.reads += 1
+        return self.inside.copy()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self.inside, name)
+        return on_device(value) if callable(value) else wrapped(value)
+
+    def __setitem__(self, index, value):
+        self.inside[unwrapped(index)] = unwrapped(value)
+
+    def __bool__(self):
+        return bool(self.get())
+
+    def __iter__(self):
+        return map(wrapped, self.inside)
+
+
+def unwrapped(x):
+    if isinstance(x, np.ndarray):
+        raise TypeError("a NumPy array was handed to the device")
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(unwrapped, x))
+    return x.inside if isinstance(x, DeviceArray) else x
+
+
+def wrapped(x):
+    return DeviceArray(x) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+def on_device(function):
+    def call(*args, **options):
+        out = options.get("out")
+        result = wrapped(function(*map(unwrapped, args),
+                                  **{name: unwrapped(x) for name, x in options.items()}))
+        return out if out is not None else result
+    return call
+
+
+for operator in ("add sub mul truediv pow matmul and or lt le gt ge eq ne neg abs invert getitem "
+                 "len radd rsub rmul rtruediv iadd isub imul itruediv ior").split():
+    def method(self, *others, name=f"__{operator}__"):
+        result = getattr(self.inside, name)(*map(unwrapped, others))
+        return self if name[2] == "i" and name != "__invert__" else wrapped(result)
+    setattr(DeviceArray, f"__{operator}__", method)
+
+
+class StandIn:
+    """As much of CuPy as we use; the two kernels are done here by the definition."""
+    inf, ndarray = np.inf, DeviceArray
+    add = type("add", (), {"at": staticmethod(on_device(np.add.at))})
+    asarray = staticmethod(lambda x, dtype=None: DeviceArray(
+        np.array(x.inside if isinstance(x, DeviceArray) else x, dtype)))
+
+    class cuda:
+        class runtime:
+            CUDARuntimeError = type("CUDARuntimeError", (RuntimeError,), {})
+            getDeviceCount = staticmethod(lambda: 1)
+
+        class get_current_stream:
+            synchronize = staticmethod(lambda: None)
+
+    def __init__(self):
+        for name in ("append arange ascontiguousarray concatenate cumsum empty empty_like exp "
+                     "flatnonzero full log maximum minimum ones roll sqrt stack tanh vdot where "
+                     "zeros zeros_like").split():
+            setattr(self, name, on_device(getattr(np, name)))
+
+    def ElementwiseKernel(self, inputs, outputs, body, name):
+        def lru_scan(lam, starts, N, H, h, size):
+            h[:] = lrurec.scan_loop(lam, h, starts)
+            assert (N, N * H) == (len(h), size)
+
+        def random_uint16(seed, size):
+            return np.random.default_rng(seed).integers(2 ** 16, size=size, dtype=np.uint16)
+        return on_device({"lru_scan": lru_scan, "random_uint16": random_uint16}[name])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", StandIn())
+    yield lrurec.use_device
+    lrurec.use_device("cpu")
+    lrurec._KERNELS.clear()
+
+
+def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
+    params, rng = tiny_params(n_items=30), np.random.default_rng(0)
+    batch = rng.integers(0, 31, 40), rng.integers(0, 31, 40), rng.random(40) < 0.2
+    gpu("gpu")
+    device = {name: lrurec.xp.asarray(p) for name, p in params.items()}
+    opt, config = lrurec.adamw_init(device), {**train.DEFAULTS, "dropout": 0.3}
+    DeviceArray.reads = 0
+    loss, grads = lrurec.loss_and_grads(device, *batch)
+    with train.ThreadPoolExecutor(1) as pool:
+        train.train_step({n: p.copy() for n, p in device.items()}, opt, batch, config, pool)
+    assert DeviceArray.reads == 0, "each wait for the card costs more than the step's kernels"
+    hidden, state = lrurec.encode(device, batch[0], batch[2], return_state=True)
+    x, stepped = lrurec.step(device, state, np.arange(1, 1 + state.shape[1]))
+    results = [loss, *grads.values(), hidden, state, x, stepped]
+    results = [lrurec.to_host(result) for result in results]
+    gpu("cpu")
+    loss, grads = lrurec.loss_and_grads(params, *batch)
+    hidden, state = lrurec.encode(params, batch[0], batch[2], return_state=True)
+    x, stepped = lrurec.step(params, state, np.arange(1, 1 + state.shape[1]))
+    for a, b in zip(results, [loss, *grads.values(), hidden, state, x, stepped]):
+        assert relative_error(a, b) < 1e-12
+
+
+def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tmp_path, capsys,
+                                                                    monkeypatch):
+    file, out = toy_file(tmp_path / "toy.csv", items=14), tmp_path / "run"
+    device = ["--device", "gpu"]
+    assert run("--data", file, "--out", out, "--epochs", 2, *TINY, *device) == 0
+    assert run("--resume", "--out", out, "--epochs", 3, *device) == 0
+    assert run("evaluate", out / "model.npz", *device) == 0
+    assert run("recommend", out / "model.npz", "i3", *device) == 0
+    on_gpu = capsys.readouterr().out.splitlines()[-10:]
+    monkeypatch.setattr("sys.stdin", io.StringIO("i3\n"))
+    assert run("recommend", out / "model.npz", *device) == 0
+    capsys.readouterr()
+    gpu("cpu")
+    assert run("recommend", out / "model.npz", "i3") == 0
+    assert capsys.readouterr().out.splitlines()[-10:] == on_gpu
+
+
+def test_a_stray_numpy_call_is_caught_by_the_stand_in():
+    z = DeviceArray(np.ones(3))
+    for stray in (lambda: np.exp(z), lambda: np.ones(3) * z, lambda: z + np.ones(3),
+                  lambda: np.concatenate([z, z]), lambda: z[np.array([0, 1])], lambda: float(z)):
+        with pytest.raises(TypeError):
+            stray()
+
+
+def test_without_cupy_or_a_card_one_line_says_what_to_install(monkeypatch, capsys):
+    assert "cupy" not in sys.modules, "nobody asked for it"
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert run("--device", "gpu") == 2 and "pip install cupy" in capsys.readouterr().err
+    stand_in = StandIn()
+
+    def none():
+        raise stand_in.cuda.runtime.CUDARuntimeError("no device")
+    monkeypatch.setattr(StandIn.cuda.runtime, "getDeviceCount", staticmethod(none))
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    assert run("--device", "gpu") == 2 and "no usable NVIDIA GPU" in capsys.readouterr().err
+    assert lrurec.xp is np
