@@ -117,7 +117,7 @@ def fetch_movielens(name, opener=urllib.request.urlopen):
 
 
 def write_whole(path, content):
-    """Write bytes to path whole or not at all."""
+    """Write bytes to path whole or not at all. Raises OSError, which names path."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.part"
     try:
@@ -126,6 +126,8 @@ def write_whole(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:                       # a full disk does not say which file
+        raise OSError(error.errno, error.strerror, path) from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

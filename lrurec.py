@@ -745,20 +745,23 @@ FORMAT = "lrurec 1"
 
 
 def save(path, params, **extra):
-    """Write params and extra: arrays as they are, anything else as JSON. Whole or not at all."""
+    """Write params and extra: arrays as they are, anything else as JSON. Whole or not at all:
+    raises OSError, which names path, and leaves the file that stood there."""
     entries = {"format": np.array(FORMAT)}
     entries.update({"params/" + name: to_host(p) for name, p in params.items()})
     for name, value in extra.items():
         is_array = isinstance(value, (np.ndarray, xp.ndarray))
         entries["array/" + name if is_array else "json/" + name] = (
             to_host(value) if is_array else np.array(json.dumps(value)))
-    temporary = f"{path}.{os.getpid()}.part"
+    temporary = f"{path}.part"                     # what a killed run left is overwritten
     try:
         with open(temporary, "wb") as file:
             np.savez(file, **entries)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:                       # a full disk does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -1234,6 +1235,105 @@ def test_a_model_that_does_not_fit_is_one_clear_line(model, change, message, tmp
     assert run("evaluate", tmp_path / "bad.npz") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_bench_measures_what_it_says_and_leaves_the_model_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "timed", lambda work, *options: work() is None or 1e-6)
+    functions = {name: getattr(lrurec, name) for names in train.PARTS.values() for name in names}
+    file = toy_file(tmp_path / "toy.csv")
+    assert run("bench", "--data", file) == 0
+    out = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r" (\d+)%", out)]
+    assert len(shares) == len(train.PARTS) + 1 and 90 < sum(shares) < 110
+    assert "ratio" in out and "128 x    100 events" in out and "after  10000 events" in out
+    assert all(getattr(lrurec, name) is function for name, function in functions.items())
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost, and the front door
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
+    file, here = toy_file(tmp_path / "toy.csv"), os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, "train.py", "--data", file, "--epochs", "40", "--patience", "99",
+               "--threads", "1", *TINY, "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=here, check=True, capture_output=True)
+    out = tmp_path / "killed"
+    for epochs_before in (1, 12, 25):              # kill -9, somewhere in the epoch after these
+        resume = ["--resume"] if out.exists() else []
+        started = [sys.executable, "train.py", *resume, "--out", str(out)] if resume else [
+            *command, str(out)]
+        with subprocess.Popen(started, cwd=here, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("epoch") and int(line.split()[1]) > epochs_before:
+                    process.kill()
+                    break
+        for name in ("model.npz", "last.npz"):
+            lrurec.load(out / name)                # the old one or the new one, never half of one
+    assert run("--resume", "--out", out, "--epochs", 40, "--patience", 99) == 0
+    for name in ("model.npz", "last.npz"):
+        (params, _), (expected, _) = (lrurec.load(tmp_path / r / name) for r in ("killed", "whole"))
+        assert all((params[n] == expected[n]).all() for n in expected)
+    assert sorted(os.listdir(out)) == ["last.npz", "metrics.json", "model.npz"]
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    resource = pytest.importorskip("resource")
+    params, path = tiny_params(), tmp_path / "m.npz"
+    lrurec.save(path, params, n=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow beyond
+    try:
+        with pytest.raises(OSError, match=str(path)):
+            lrurec.save(path, params, n=2)
+        with pytest.raises(OSError, match="other"):
+            reader.write_whole(str(tmp_path / "other"), bytes(9999))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lrurec.load(path)[1]["n"] == 1 and os.listdir(tmp_path) == ["m.npz"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    file = toy_file(tmp_path / "toy.csv")
+    assert run("--data", file, "--out", tmp_path / "toy.csv" / "run") == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "toy.csv") in error and error.count("\n") == 1
+
+
+def readme_commands():
+    here = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(here, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"^```\n(.*?)^```", file.read(), re.S | re.M)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line.partition("  #")[0].strip() for line in lines if line.startswith("python ")]
+
+
+def test_every_command_in_the_readme_parses():
+    commands = [part for line in readme_commands() for part in line.split("&&")]
+    programs = {"train.py": 0, "test_lrurec.py": 0}
+    for command in commands:
+        words = shlex.split(command.partition(">")[0])
+        if words[1] == "train.py":
+            train.parse_arguments(words[2:])       # raises SystemExit
+        elif words[1] == "test_lrurec.py":
+            assert words[2:] in ([], ["mine.py"]) or words[2] in EXERCISES, command
+        else:
+            assert words[1:4] in (["-m", "pip", "install"], ["-m", "pytest", "-q"]), command
+        if words[1] in programs:
+            programs[words[1]] += 1
+    assert min(programs.values()) > 2
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "recommend", "inspect", "bench"])
+def test_help_shows_examples_that_parse_and_a_default_for_every_setting(command, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments([command, "--help"])
+    text = capsys.readouterr().out
+    examples = re.findall(r"python train.py (.*)", text)
+    assert examples and all(train.parse_arguments(shlex.split(e))[0] == command for e in examples)
+    if command == "train":
+        for name, value in train.DEFAULTS.items():
+            assert "--" + name.replace("_", "-") in text
+            assert value in (None, False) or f"default {value}" in " ".join(text.split()), name
 
 
 # ---------------------------------------------------------------------------------------------

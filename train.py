@@ -43,6 +43,7 @@ DEFAULTS = {"data": "ml-100k", "out": None, "resume": False, "epochs": 200, "pat
             "seed": 42, "threads": os.cpu_count() or 1, "device": "cpu", "batch_size": 128,
             "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01, "d_model": 64,
             "n_blocks": 2, "min_count": 5, "ties": "item", "columns": None}
+PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01}
 FREE = ("out", "resume", "epochs", "patience", "threads", "device")     # may differ on --resume
 
 
@@ -624,27 +625,24 @@ def floor(params, batch, pool):
 
 
 def time_per_part(params, opt, batches, config, pool):
-    """Seconds in each of PARTS over a few steps; what is called inside a part of its own kind or
-    another is counted there, once."""
-    spent, running = dict.fromkeys([*PARTS, "the rest"], 0.0), ["the rest"]
-    clock = [time.perf_counter()]
+    """Seconds spent in each of PARTS; what a part calls counts as its own. One thread only."""
+    rest = "the rest"
+    spent, current = dict.fromkeys([*PARTS, rest], 0.0), [rest, time.perf_counter()]
 
-    def switch():
+    def switch(part):
         wait_for_device()
         now = time.perf_counter()
-        spent[running[-1]] += now - clock[0]
-        clock[0] = now
+        spent[current[0]] += now - current[1]
+        current[:] = part, now
 
     def watched(part, function):
         def call(*args, **options):
-            nested = running[-1] == "cross-entropy"               # its products are its own
-            switch()
-            running.append(running[-1] if nested else part)
-            try:
+            if current[0] != rest:
                 return function(*args, **options)
-            finally:
-                switch()
-                running.pop()
+            switch(part)
+            result = function(*args, **options)
+            switch(rest)
+            return result
         return call
 
     originals = {name: getattr(lrurec, name) for names in PARTS.values() for name in names}
@@ -652,10 +650,9 @@ def time_per_part(params, opt, batches, config, pool):
         for name in names:
             setattr(lrurec, name, watched(part, originals[name]))
     try:
-        clock[0] = time.perf_counter()
         for batch in batches:
             train_step(params, opt, batch, config, pool)
-        switch()
+        switch(rest)
     finally:
         for name, function in originals.items():
             setattr(lrurec, name, function)
@@ -673,77 +670,76 @@ def peak_memory():
 
 
 def bench_command(given):
-    config = {**DEFAULTS, "batch_size": 128, "max_len": 200, "dropout": 0.2, **given}
+    config = {**DEFAULTS, **PUBLISHED, **given}
     lrurec.use_device(config["device"])
-    data, xp, rng = load_data(config), lrurec.xp, np.random.default_rng(0)
-    rows = reader.training_rows(data, config["max_len"])
+    data, rng = load_data(config), np.random.default_rng(0)
     params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
-    opt = lrurec.adamw_init(params)
-    epoch = list(reader.batches(rows, config["batch_size"], rng))
+    rows = reader.training_rows(data, config["max_len"])
+    batches = list(reader.batches(rows, config["batch_size"], rng))[:12]
     print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {config['threads']} threads, "
           f"{config['device']}; {data.name}, batches of {config['batch_size']} windows of "
           f"{config['max_len']}, dropout {config['dropout']}\n")
+    bench_step(params, batches, config)
+    bench_scans(rng)
+    bench_events(params, rng)
+    return 0
 
+
+def bench_step(params, batches, config):
+    opt = lrurec.adamw_init(params)
     with ThreadPoolExecutor(config["threads"]) as pool:
         def seconds(work):
             begin = time.perf_counter()
-            for batch in epoch:
+            for batch in batches:
                 work(batch)
             wait_for_device()
             return time.perf_counter() - begin
 
-        pairs = []
-        for _ in range(6):                         # the first pair warms up
-            pairs.append((seconds(lambda b: train_step(params, opt, b, config, pool)),
-                          seconds(lambda b: floor(params, b, pool))))
-        steps, floors = np.array(pairs[1:]).T
-        n = len(epoch)
-        print(f"training step    {np.median(steps) / n * 1e3:8.1f} ms   its matrix products alone "
-              f"{np.median(floors) / n * 1e3:.1f} ms   ratio {np.median(steps / floors):.2f} "
-              f"(pairs {', '.join(f'{r:.2f}' for r in steps / floors)})")
-        print(f"                 {len(rows.items) * len(steps) / steps.sum():8,.0f} events a second"
-              f"   {np.median(steps):.2f} s an epoch of {n} steps")
+        pairs = [(seconds(lambda batch: train_step(params, opt, batch, config, pool)),
+                  seconds(lambda batch: floor(params, batch, pool))) for _ in range(6)]
+    steps, floors = np.array(pairs[1:]).T                         # the first pair warms up
+    events = sum(len(items) for items, _, _ in batches)
+    print(f"training step    {np.median(steps) / len(batches) * 1e3:8.1f} ms   its matrix products "
+          f"alone {np.median(floors) / len(batches) * 1e3:.1f} ms   ratio "
+          f"{np.median(steps / floors):.2f} (pairs "
+          f"{', '.join(f'{r:.2f}' for r in steps / floors)})")
+    print(f"                 {events / np.median(steps):8,.0f} events a second")
     with ThreadPoolExecutor(1) as pool:
-        spent = time_per_part(params, opt, epoch[:4], config, pool)
-    print("one thread:      " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
+        spent = time_per_part(params, opt, batches[:4], config, pool)
+    print("in one thread    " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
                                           sorted(spent.items(), key=lambda x: -x[1])))
     if peak_memory():
-        print(f"peak memory      {peak_memory():8.0f} MB so far\n")
+        print(f"peak memory      {peak_memory():8.0f} MB")
 
-    print("the three scans, ms        loop  recursive      scan")
-    lam = xp.asarray((0.9 * np.exp(1j * np.linspace(0.3, 6, 128))).astype(np.complex64))
+
+def bench_scans(rng):
+    print("\nthe three scans, ms        loop  recursive      scan")
+    lam = (0.9 * np.exp(1j * np.linspace(0.3, 6, 128))).astype(np.complex64)
     for users, length in ((1, 100), (1, 1000), (1, 10000), (128, 100)):
-        u = xp.asarray(rng.normal(size=(users * length, 256)).astype(np.float32)).view(lam.dtype)
-        starts = xp.asarray(np.arange(users * length) % length == 0)
-        times = [timed(lambda: scan(lam, u, starts), 1) * 1e3 for scan in
+        u = rng.normal(size=(users * length, 256)).astype(np.float32).view(lam.dtype)
+        starts = np.arange(len(u)) % length == 0
+        inputs = [lrurec.xp.asarray(array) for array in (lam, u, starts)]
+        times = [timed(lambda: scan(*inputs), 1) * 1e3 for scan in
                  (lrurec.scan_loop, lrurec.scan_recursive, lrurec.scan)]
         print(f"  {users:3} x {length:6} events" + "".join(f"{ms:11.3f}" for ms in times))
 
-    print("\none more event of one user, us     step, score, top 10    encode, score, top 10")
-    for length in (10, 100, 1000, 10000):
-        history = rng.integers(1, len(data.item_ids), length)
-        starts = np.arange(length) == 0
-        _, state = lrurec.encode(params, history, starts, return_state=True)
 
-        def by_step():
-            hidden, _ = lrurec.step(params, state, history[:1])
-            return top_items(lrurec.to_host(lrurec.score(params, hidden)))
-
-        def by_encode():
-            hidden = lrurec.encode(params, history, starts)[-1:]
-            return top_items(lrurec.to_host(lrurec.score(params, hidden)))
-
-        print(f"  after {length:6} events  {timed(by_step) * 1e6:20.0f} "
-              f"{timed(by_encode) * 1e6:24.0f}")
-    users = rng.integers(1, len(data.item_ids), 1000)
-    state = lrurec.init_state(params, 1000)
-
-    def all_users():
-        hidden, _ = lrurec.step(params, state, users)
+def bench_events(params, rng):
+    def top(hidden):
         return top_items(lrurec.to_host(lrurec.score(params, hidden)))
 
-    print(f"  1,000 users at once {timed(all_users) * 1e3:18.1f} us a user")
-    return 0
+    n_items = len(params["item_embedding"]) - 1
+    print("\none more event of one user, us     step, score, top 10    encode, score, top 10")
+    for length in (10, 100, 1000, 10000):
+        history = rng.integers(1, n_items + 1, length)
+        starts = np.arange(length) == 0
+        _, state = lrurec.encode(params, history, starts, return_state=True)
+        by_step = timed(lambda: top(lrurec.step(params, state, history[:1])[0]))
+        by_encode = timed(lambda: top(lrurec.encode(params, history, starts)[-1:]))
+        print(f"  after {length:6} events  {by_step * 1e6:20.0f} {by_encode * 1e6:24.0f}")
+    users, state = rng.integers(1, n_items + 1, 1000), lrurec.init_state(params, 1000)
+    print(f"  1,000 users at once "
+          f"{timed(lambda: top(lrurec.step(params, state, users)[0])) * 1e3:18.1f} us a user")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -783,17 +779,26 @@ def parse_arguments(argv):
 
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a model (the default command)",
-                                argument_default=argparse.SUPPRESS)
-    test = commands.add_parser("evaluate", help="the metric table of a saved model",
-                               argument_default=argparse.SUPPRESS)
-    serve = commands.add_parser("recommend", help="the top 10 for a history, or a session",
-                                argument_default=argparse.SUPPRESS)
-    speed = commands.add_parser("bench", help="speed of all of it, next to its floor",
-                                argument_default=argparse.SUPPRESS)
-    look = commands.add_parser("inspect", help="eigenvalues, half-lives and parameter counts",
-                               argument_default=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text, *examples):
+        return commands.add_parser(
+            name, help=text, argument_default=argparse.SUPPRESS, description=text,
+            epilog="\n".join(["for example:", *(f"  python train.py {e}" for e in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    train = command("train", "train a model (the default command)", "train --seed 1 --out runs/one",
+                    "train --data ratings.csv --columns user,movie,when --max-len none",
+                    "train --resume --out runs/one --epochs 300")
+    test = command("evaluate", "the metric table of a saved model, on validation and test",
+                   "evaluate runs/one/model.npz", "evaluate runs/one/model.npz --data moved.csv")
+    serve = command("recommend", "the top 10 for a history, or a session, one event at a time",
+                    'recommend runs/one/model.npz "Star Wars" "Fargo"',
+                    "recommend runs/one/model.npz --new-user", "recommend runs/one/model.npz")
+    look = command("inspect", "eigenvalues, half-lives and parameter counts of a saved model",
+                   "inspect runs/one/model.npz")
+    speed = command("bench", "the speed of all of it, next to its floor, in under two minutes",
+                    "bench", "bench --threads 1", "bench --device gpu --data ml-1m")
     for p in (test, serve, look):
         p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
     serve.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; "
@@ -806,7 +811,8 @@ def parse_arguments(argv):
             p.add_argument(name, help=text + ("" if default in (None, False)
                                               else f" (default {default})"), **options)
     both = (train, test)
-    add(both, "--data", "ml-100k, ml-1m or the path of a file of interactions", metavar="DATA")
+    add((*both, speed), "--data", "ml-100k, ml-1m or the path of a file of interactions",
+        metavar="DATA")
     add([train], "--out", "folder of the run (default runs/NAME, runs/NAME-2, ...)", metavar="DIR")
     add([train], "--resume", "go on with the run in --out", action="store_true")
     add([train], "--epochs", "at most so many", type=number(int, 1), metavar="N")
@@ -868,7 +874,8 @@ def main(argv=None):
     except (DataError, RuntimeError) as error:
         message = error
     except OSError as error:
-        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        message = (f"{error.filename or 'output'}: {error.strerror or error}: see to the path, its "
+                   "permissions and the space on its disk")
     progress("")
     print(f"train.py: {message}", file=sys.stderr)
     return 2
