@@ -613,19 +613,63 @@ def test_nothing_passes_a_wall_and_the_future_never_reaches_the_past():
 # The model
 
 def test_initial_values():
-    params = lrurec.init_params(50, d_model=32, rng=np.random.default_rng(0))
-    lam, _ = lrurec.lam_forward(params["blocks.0.lru.nu_log"], params["blocks.0.lru.theta_log"])
-    assert 0.8 <= abs(lam).min() and abs(lam).max() <= 0.99
-    np.testing.assert_allclose(np.exp(params["blocks.1.lru.gamma_log"]) ** 2, 1 - abs(
-        lrurec.lam_forward(params["blocks.1.lru.nu_log"], params["blocks.1.lru.theta_log"])[0])**2,
-        rtol=1e-4)
-    E, C = params["item_embedding"], params["blocks.1.lru.C"]
-    assert E.shape == (51, 32) and C.shape == (64, 32) and C.dtype == np.complex64
-    assert abs(E).max() <= 0.04 and abs(C.imag).max() <= 0.04 and 0.016 < E.std() < 0.019
-    assert (params["blocks.0.lru_norm.scale"] == 1).all()
+    params = lrurec.init_params(50, 32, 2000, n_blocks=2, rng=np.random.default_rng(0))
+    for p in lrurec.blocks(params):
+        lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
+        for part, low, high in ((abs(lam) ** 2, 0.8 ** 2, 0.99 ** 2),      # uniform in area
+                                (np.angle(lam), -math.pi, math.pi)):       # and all around
+            quantiles = np.quantile(part, [0, 0.25, 0.5, 0.75, 1])
+            np.testing.assert_allclose(quantiles, np.linspace(low, high, 5),
+                                       atol=0.05 * (high - low))
+            assert low - 1e-6 <= quantiles[0] and quantiles[-1] <= high + 1e-6
+        gamma = np.exp(p["lru.gamma_log"].astype(float))
+        np.testing.assert_allclose(gamma ** 2, 1 - abs(lam) ** 2, rtol=1e-3)
+        for name in ("lru_norm", "ffn_norm"):
+            assert (p[name + ".scale"] == 1).all() and (p[name + ".shift"] == 0).all()
+    assert (params["embedding_norm.scale"] == 1).all() and not params["embedding_norm.shift"].any()
+    drawn = [x for name, x in params.items() if "norm" not in name and "_log" not in name]
+    assert len(drawn) == 2 + 2 * 8
+    for x in drawn:                                # normal(0, 0.02) cut at two standard deviations
+        parts = lrurec.real_view(x)
+        assert abs(parts).max() <= 0.04 and parts.std() == pytest.approx(0.0176, rel=0.25)
+        assert parts.size < 2000 or parts.std() == pytest.approx(0.0176, rel=0.03)
+    assert not (params["blocks.0.lru.B"] == params["blocks.1.lru.B"]).any()
+
+
+def test_the_first_loss_is_that_of_a_guess():
+    params = lrurec.init_params(50, rng=np.random.default_rng(0))
     items = np.random.default_rng(1).integers(1, 51, 300)
     loss, _ = lrurec.loss_and_grads(params, items, np.roll(items, 1), np.zeros(300, bool))
-    assert loss == pytest.approx(math.log(51), abs=0.1), "the first loss is that of a guess"
+    assert loss == pytest.approx(math.log(51), abs=0.1)
+
+
+def test_the_shapes_and_types_that_the_contract_names():
+    params = lrurec.init_params(7, 4, rng=np.random.default_rng(0))
+    D, H, F = 4, 8, 16
+    block = {"lru.nu_log": (H,), "lru.theta_log": (H,), "lru.gamma_log": (H,), "lru.B": (D, H),
+             "lru.b_B": (H,), "lru.C": (H, D), "lru.b_C": (D,), "lru_norm.scale": (D,),
+             "lru_norm.shift": (D,), "ffn.W1": (D, F), "ffn.b1": (F,), "ffn.W2": (F, D),
+             "ffn.b2": (D,), "ffn_norm.scale": (D,), "ffn_norm.shift": (D,)}
+    shapes = {"item_embedding": (8, D), "embedding_norm.scale": (D,), "embedding_norm.shift": (D,),
+              "output_bias": (8,)}
+    shapes.update({f"blocks.{k}.{name}": shape for k in (0, 1) for name, shape in block.items()})
+    assert {name: p.shape for name, p in params.items()} == shapes
+    for name, p in params.items():
+        is_complex = name.endswith((".B", ".b_B", ".C"))
+        assert p.dtype == (np.complex64 if is_complex else np.float32), name
+    assert lrurec.init_params(7, 4, 3, 5)["blocks.1.ffn.W1"].shape == (4, 5)
+
+
+def test_gelu_is_the_one_of_the_normal_distribution():
+    x = np.linspace(-6, 6, 241)
+    exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    assert abs(lrurec.gelu_forward(x)[0] - exact).max() < 5e-4    # the tanh form's own error
+
+
+def test_layer_norm_against_its_definition():
+    x, scale, shift = 0.01 * real(5, 6), real(6), real(6, seed=2)
+    expected = scale * (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    assert relative_error(lrurec.layer_norm_forward(x, scale, shift)[0], expected + shift) < 1e-12
 
 
 def test_rows_without_a_target_carry_no_loss():
