@@ -62,13 +62,13 @@ def use_device(device):
         return
     try:
         cupy = importlib.import_module("cupy")
-        cupy.cuda.runtime.getDeviceCount()
+        cupy.zeros(1) + 1                          # takes a card, its driver and CUDA's compiler
     except ImportError:
         raise RuntimeError("the GPU needs CuPy, which is not installed: python -m pip install "
-                           "cupy-cuda12x (or cupy-cuda13x, as your CUDA is)") from None
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RuntimeError(f"CuPy finds no usable NVIDIA GPU ({error}); use the CPU, or install "
-                           "a driver that fits your CUDA") from None
+                           "'cupy-cuda12x[ctk]' (or cupy-cuda13x, as your driver is)") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"CuPy cannot use an NVIDIA GPU ({' '.join(str(error).split())}): use "
+                           "--device cpu, or install a driver and CuPy's [ctk]") from None
     xp, LOGITS_PER_CHUNK = cupy, 2 ** 26           # a GPU wants few, large operations
 
 

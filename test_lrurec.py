@@ -1451,10 +1451,6 @@ class StandIn:
         np.array(x.inside if isinstance(x, DeviceArray) else x, dtype)))
 
     class cuda:
-        class runtime:
-            CUDARuntimeError = type("CUDARuntimeError", (RuntimeError,), {})
-            getDeviceCount = staticmethod(lambda: 1)
-
         class get_current_stream:
             synchronize = staticmethod(lambda: None)
 
@@ -1516,6 +1512,8 @@ def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tmp_pat
     on_gpu = capsys.readouterr().out.splitlines()[-10:]
     monkeypatch.setattr("sys.stdin", io.StringIO("i3\n"))
     assert run("recommend", out / "model.npz", *device) == 0
+    monkeypatch.setattr(train, "timed", lambda work, *options: work() is None or 1e-6)
+    assert run("bench", "--data", file, *device) == 0
     capsys.readouterr()
     gpu("cpu")
     assert run("recommend", out / "model.npz", "i3") == 0
@@ -1533,12 +1531,12 @@ def test_a_stray_numpy_call_is_caught_by_the_stand_in():
 def test_without_cupy_or_a_card_one_line_says_what_to_install(monkeypatch, capsys):
     assert "cupy" not in sys.modules, "nobody asked for it"
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert run("--device", "gpu") == 2 and "pip install cupy" in capsys.readouterr().err
-    stand_in = StandIn()
+    assert run("--device", "gpu") == 2 and "pip install 'cupy" in capsys.readouterr().err
+    card_less = StandIn()
 
-    def none():
-        raise stand_in.cuda.runtime.CUDARuntimeError("no device")
-    monkeypatch.setattr(StandIn.cuda.runtime, "getDeviceCount", staticmethod(none))
-    monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    assert run("--device", "gpu") == 2 and "no usable NVIDIA GPU" in capsys.readouterr().err
+    def zeros(*args):
+        raise RuntimeError("no CUDA-capable device is detected")
+    card_less.zeros = zeros
+    monkeypatch.setitem(sys.modules, "cupy", card_less)
+    assert run("--device", "gpu") == 2 and "NVIDIA GPU (no CUDA-cap" in capsys.readouterr().err
     assert lrurec.xp is np

@@ -39,10 +39,11 @@ MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
 
-DEFAULTS = {"data": "ml-100k", "out": None, "resume": False, "epochs": 200, "patience": 10,
-            "seed": 42, "threads": os.cpu_count() or 1, "device": "cpu", "batch_size": 128,
-            "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01, "d_model": 64,
+DEFAULTS = {"data": "ml-100k", "out": None, "resume": False, "epochs": 50, "patience": 15,
+            "seed": 42, "threads": os.cpu_count() or 1, "device": "cpu", "batch_size": 16,
+            "max_len": 200, "dropout": 0.4, "lr": 1e-3, "weight_decay": 0.01, "d_model": 64,
             "n_blocks": 2, "min_count": 5, "ties": "item", "columns": None}
+# of the paper's code; the bench runs these
 PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01}
 FREE = ("out", "resume", "epochs", "patience", "threads", "device")     # may differ on --resume
 
