@@ -684,9 +684,19 @@ def test_rows_without_a_target_carry_no_loss():
     assert loss == 0 and not any(g.any() for g in grads.values())
 
 
-def test_score_never_recommends_nothing():
-    params = tiny_params()
-    assert (lrurec.score(params, real(2, 3, 4))[..., 0] == -np.inf).all()
+def test_score_is_the_training_logits_but_never_recommends_nothing():
+    params, hidden = tiny_params(), real(2, 3, 4)
+    scores = lrurec.score(params, hidden)
+    assert (scores[..., 0] == -np.inf).all() and scores.shape == (2, 3, 8)
+    by_hand = np.einsum("ijd,vd->ijv", hidden, params["item_embedding"]) + params["output_bias"]
+    assert relative_error(scores[..., 1:], by_hand[..., 1:]) < 1e-12
+
+
+def test_huge_logits_do_not_overflow():
+    logits, targets = np.array([[1e4, 0, -1e4], [-1e4, -1e4, -2e4]]), np.array([0, 1])
+    loss, cache = lrurec.cross_entropy_forward(logits.copy(), targets, np.array([0.5, 0.5]))
+    assert loss == pytest.approx(0.5 * math.log(2))
+    assert np.isfinite(lrurec.cross_entropy_backward(1, cache)).all()
 
 
 def test_dropout_keeps_the_expectation():
@@ -695,6 +705,12 @@ def test_dropout_keeps_the_expectation():
     assert set(np.unique(out)) == {0, 1 / 0.7}
     assert (out == 0).mean() == pytest.approx(0.3, abs=0.005)
     assert lrurec.dropout_forward(x, 0, None)[0] is x
+
+    class EveryDraw:                               # each of the 65,536 possible draws, once
+        def integers(self, *args, **options):
+            return np.arange(2 ** 16, dtype=np.uint16).view(np.uint64)
+    out, _ = lrurec.dropout_forward(np.ones((256, 256)), 0.25, EveryDraw())
+    assert (out == 0).sum() == 2 ** 14
 
 
 def test_float32_agrees_with_float64():
