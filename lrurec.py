@@ -17,28 +17,25 @@ The model
     logits = x E^T + output_bias                                 E is the input embedding again
 
 Sizes                                                  Symbols
-    N  rows: the events of all users in a batch,       E, B, C, W1, W2, b*  parameters
-       one after another, without padding              lam    eigenvalues, exp(-exp(nu_log)
+    N  rows, one an event: those of all users in a     E, B, C, W1, W2, b*  parameters
+       batch, back to back, without padding            lam    eigenvalues, exp(-exp(nu_log)
     V  items, ids 1..V; id 0 is "nothing yet"                 + i exp(theta_log)), |lam| < 1
     D  model width (64)                                gamma  exp(gamma_log), the input gain
     H  complex state width (2 D)                       u, h   the recurrence's input and state
     F  feed-forward width (4 D)                        g      the adjoint state, dL/dh through
     K  blocks (2)                                             all later rows
 
-Walls. starts[n] is True where a user's events begin: the state is zero before row n. A wall
-always stands before row 0.
+Walls. Where starts[n] is True the state is zero before row n: a new user begins, or a new window
+of a long history, or the row after "nothing yet". A wall always stands before row 0.
 
 Gradients. The gradient of `name` is `dname`. For a complex z it is stored as
 dL/d(Re z) + i dL/d(Im z), so that dL = Re(conj(dz) * change of z) and z - lr * dz descends.
 Two rules follow: through z = a w comes da = dz conj(w), and through y = Re(z) comes dz = dy.
 
-Where we leave the paper. We follow the authors' code, where block and training differ from the
-paper's text: there is no feed-through D x (the residual carries x), the one LayerNorm of each
-half stands after its residual, input and output projections have biases, and the softmax runs
-over V+1 columns, item 0 included. Beyond that code: GELU in its tanh form (there erf), and no
-padding, so events stand in one row with walls (there: a rectangle, padded to a power of two).
+Where the authors' code differs from the text of [1], we follow the code (no feed-through D x; one
+LayerNorm after each residual; biases in the projections; a softmax over item 0 too). Beyond that:
+GELU in its tanh form, and no padding. README, "Where we differ", has the whole list.
 """
-import importlib
 import json
 import math
 import os
@@ -61,12 +58,12 @@ def use_device(device):
         xp, LOGITS_PER_CHUNK = np, 2 ** 19
         return
     try:
-        cupy = importlib.import_module("cupy")
+        import cupy
         cupy.zeros(1) + 1                          # takes a card, its driver and CUDA's compiler
     except ImportError:
         raise RuntimeError("the GPU needs CuPy, which is not installed: python -m pip install "
-                           "'cupy-cuda12x[ctk]' (or cupy-cuda13x, as your driver is)") from None
-    except RuntimeError as error:
+                           '"cupy-cuda12x[ctk]" (or cupy-cuda13x, as your driver is)') from None
+    except Exception as error:                     # no card, no driver, no compiler: many types
         raise RuntimeError(f"CuPy cannot use an NVIDIA GPU ({' '.join(str(error).split())}): use "
                            "--device cpu, or install a driver and CuPy's [ctk]") from None
     xp, LOGITS_PER_CHUNK = cupy, 2 ** 26           # a GPU wants few, large operations
@@ -78,8 +75,34 @@ def to_host(array):
 
 
 def real_view(z):
-    """The same memory, a complex (..., M) array as real (..., 2M): re, im, re, im, ..."""
+    """The same memory, a complex (..., M) array as real (..., 2M): re, im, re, im, ...; a real
+    array as it is."""
     return z.view(z.real.dtype)
+
+
+_KERNELS = {}
+
+
+def _gpu_kernels():
+    """Two small CUDA kernels (T is the arrays' own type), compiled when first used."""
+    if not _KERNELS:
+        _KERNELS["scan"] = xp.ElementwiseKernel(   # one thread walks one segment of one channel
+            "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
+            long long row = i / H, c = i % H;
+            if (row == 0 || starts[row]) {
+                T state = h[row * H + c];
+                while (++row < N && !starts[row]) {
+                    state = lam[c] * state + h[row * H + c];
+                    h[row * H + c] = state;
+                }
+            }""", "lru_scan")
+        _KERNELS["random"] = xp.ElementwiseKernel(  # splitmix64 (Steele et al. 2014) of seed + i
+            "uint64 seed", "uint16 out", """
+            unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+            out = (z ^ (z >> 31)) >> 48;""", "random_uint16")
+    return _KERNELS
 
 
 def sum_rows(x):
@@ -89,7 +112,7 @@ def sum_rows(x):
 
 # ---------------------------------------------------------------------------------------------
 # Layers: each forward returns (out, cache); its backward stands directly below, and returns
-# the gradients of the forward's array inputs, in their order.
+# the gradients of the inputs that have one, in their order.
 
 def linear_forward(x, W, b):
     """out = x W + b.    x (N, I), W (I, O), b (O,) -> out (N, O)"""
@@ -100,7 +123,6 @@ def linear_forward(x, W, b):
 
 def linear_backward(dout, cache):
     """dout (N, O) -> dx (N, I), dW (I, O), db (O,)
-
     Derivative: dx = dout W^T, dW = x^T dout, db = sum over rows of dout.
     """
     x, W = cache
@@ -128,7 +150,6 @@ def gelu_forward(x):
 
 def gelu_backward(dout, cache):
     """dout (...) -> dx (...)
-
     Derivative: the slope of a sigmoid s is s (1 - s), so
     dx = dout (s + x s (1 - s) 2c (1 + 3a x^2)).
     """
@@ -160,10 +181,9 @@ def layer_norm_forward(x, scale, shift, eps=1e-5):
 
 def layer_norm_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dscale (D,), dshift (D,)
-
     Derivative: with dxhat = dout * scale and means taken per row,
-    dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)); the two means are what is lost
-    to the mean's and the variance's own dependence on x. dscale = sum of dout * xhat.
+    dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)); the two means: x acts through
+    mean and variance too. dscale = sum of dout * xhat over the rows.
     """
     xhat, rstd, scale, average = cache
     dx = dout * scale
@@ -190,14 +210,13 @@ def dropout_forward(x, p, rng):
 
 def dropout_backward(dout, mask):
     """dout (N, D) -> dx (N, D)
-
     Derivative: dx = dout * mask, the same mask.
     """
     return dout if mask is None else dout * mask
 
 
 def _random_uint16(shape, rng):
-    """Four 16-bit numbers from each 64-bit draw: a third of the time of as many floats."""
+    """On the CPU four from each 64-bit draw: a third of the time of as many floats."""
     size = math.prod(shape)
     if xp is np:
         bits = rng.integers(2 ** 64 - 1, size=-(-size // 4), dtype=np.uint64, endpoint=True)
@@ -212,7 +231,6 @@ def embedding_forward(E, items):
 
 def embedding_backward(dout, cache):
     """dout (N, D) -> dE (V+1, D)
-
     Derivative: row v of dE is the sum of dout over the rows where items = v.
     """
     shape, items = cache
@@ -244,7 +262,6 @@ def cross_entropy_forward(logits, targets, weights):
 
 def cross_entropy_backward(dloss, cache):
     """dloss, a scalar -> dlogits (N, V+1), in the memory of the logits
-
     Derivative: dlogits = dloss * weight * (softmax(logits) - onehot(target)).
     """
     exps, sums, rows, targets, weights = cache
@@ -269,9 +286,10 @@ def scan_loop(lam, u, starts):
 def scan_recursive(lam, u, starts):
     """The paper's recursive parallelization ([1], Algorithm 1): O(N log N) work.
 
-    Solve both halves as if a wall stood between them. Row j of the right half then still lacks
-    lam^(j+1) times the left half's last state, unless a wall stands in the right half at or
-    before it. Shapes as in scan_loop.
+    Solve both halves as if a wall stood between them. Row j = 0, 1, ... of the right half then
+    still lacks lam^(j+1) times the left half's last state, unless a wall stands in the right half
+    at or before it. Here half by half, to be read; where it runs in parallel, all pairs of a level
+    go at once. Shapes as in scan_loop.
     """
     if len(u) <= 1:
         return u.copy()
@@ -284,88 +302,54 @@ def scan_recursive(lam, u, starts):
     return xp.concatenate([left, right])
 
 
-def scan(lam, u, starts):
-    """What the model uses: O(N) work in O(log N) array operations. Shapes as in scan_loop."""
-    h = u.copy()
-    _scan_in_place(lam, h, starts)
-    return h
+def scan(lam, u, starts, in_place=False):
+    """What the model uses: O(N) work in O(log N) array operations, the prefix tree of Brent and
+    Kung (1982). Shapes as in scan_loop; in_place turns u itself into h.
 
-
-def _scan_in_place(lam, h, starts):
-    """Turn h from u into the states (the prefix tree of Brent and Kung, 1982).
-
-    Count rows from 1. On the way up, at distance d = 1, 2, 4, ..., every row that is a multiple
-    of 2d takes lam^d times the row d before it: it then sums up the 2d rows that end with it.
-    On the way down, at d = ..., 4, 2, 1, every other odd multiple of d takes lam^d times the row
-    d before it, which is final by then. `walled` says for the rows so summed up whether a wall
-    stands among them: what comes from before a wall is dropped.
+    Count rows from 1. On the way up, at distance d = 1, 2, 4, ..., every multiple of 2d takes
+    lam^d times the row d before it: it then sums up the 2d rows that end with it. On the way
+    down, at d = ..., 4, 2, 1, every odd multiple of d from 3d on takes lam^d times the row d
+    before it, which is final by then. `walled` says for the rows so summed up whether a wall is
+    among them: what comes from before a wall is dropped.
     """
+    h, N = u if in_place else u.copy(), len(u)
     if xp is not np:                               # launches cost most: one kernel in place of 60
-        _gpu_kernels()["scan"](lam, starts, len(h), h.shape[1], h, size=h.size)
-        return
-    N = len(h)
+        _gpu_kernels()["scan"](lam, starts, N, h.shape[1], h, size=h.size)
+        return h
     walled = starts.copy()
     product = np.empty((N // 2, *h.shape[1:]), h.dtype)
 
-    def take(to, source, lam_d):
-        source = source[:len(to)]
-        p = np.multiply(source, lam_d, out=product[:len(to)])
-        p[walls] = 0
+    def take(first, d):                            # rows first, first + 2d, ..., counted from 0
+        to = h[first::2 * d]
+        p = np.multiply(h[first - d::2 * d][:len(to)], powers[d], out=product[:len(to)])
+        p[walled[first::2 * d]] = 0
         to += p
 
-    d, powers = 1, [lam]
+    d, powers = 1, {1: lam}
     while 2 * d <= N:
-        walls = walled[2 * d - 1::2 * d]
-        take(h[2 * d - 1::2 * d], h[d - 1::2 * d], powers[-1])
-        walls |= walled[d - 1::2 * d][:len(walls)]
-        powers.append(powers[-1] ** 2)
+        take(2 * d - 1, d)
+        walled[2 * d - 1::2 * d] |= walled[d - 1:N - d:2 * d]
+        powers[2 * d] = powers[d] ** 2
         d *= 2
     while d > 1:
         d //= 2
-        powers.pop()
-        walls = walled[3 * d - 1::2 * d]
-        take(h[3 * d - 1::2 * d], h[2 * d - 1::2 * d], powers[-1])
+        take(3 * d - 1, d)
+    return h
 
 
 def scan_backward(dh, lam, h, starts):
-    """dh (N, H), the loss seen from each row alone; lam (H,), h (N, H), starts (N,) as forward
+    """dh (N, H): dL/dh_n through row n's own output only; lam (H,), h (N, H), starts (N,)
     -> dlam (H,), du (N, H)
-
-    Derivative: g_n = dh_n + conj(lam) g_{n+1}, where row n+1 is no wall: the same scan, rows
-    reversed and walls shifted by one. du = g; dlam = sum of conj(h_{n-1}) g_n over the rows
-    n >= 1 that are no walls.
+    Derivative: g_n, through all rows, is dh_n + conj(lam) g_{n+1}, the latter unless starts[n+1]:
+    the same scan, rows reversed and walls shifted by one. du = g; dlam = sum of conj(h_{n-1}) g_n
+    over n >= 1 without a wall.
     """
     g = dh.copy()
-    _scan_in_place(lam.conj(), g[::-1], xp.roll(starts, -1)[::-1])
+    scan(lam.conj(), g[::-1], xp.roll(starts, -1)[::-1], in_place=True)
     products = h[:-1].conj()
     products *= g[1:]
     products[starts[1:]] = 0
     return sum_rows(real_view(products)).view(g.dtype), g
-
-
-_KERNELS = {}
-
-
-def _gpu_kernels():
-    """Two small CUDA kernels (T is the arrays' own type), compiled when first used."""
-    if not _KERNELS:
-        _KERNELS["scan"] = xp.ElementwiseKernel(   # one thread walks one segment of one channel
-            "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
-            long long row = i / H, c = i % H;
-            if (row == 0 || starts[row]) {
-                T state = h[row * H + c];
-                while (++row < N && !starts[row]) {
-                    state = lam[c] * state + h[row * H + c];
-                    h[row * H + c] = state;
-                }
-            }""", "lru_scan")
-        _KERNELS["random"] = xp.ElementwiseKernel(  # splitmix64 (Steele et al. 2014) of seed + i
-            "uint64 seed", "uint16 out", """
-            unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
-            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-            z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-            out = (z ^ (z >> 31)) >> 48;""", "random_uint16")
-    return _KERNELS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,7 +367,6 @@ def lam_forward(nu_log, theta_log):
 
 def lam_backward(dlam, cache):
     """dlam (H,) complex -> dnu_log (H,) real, dtheta_log (H,) real
-
     Derivative: a change of nu_log changes lam by -nu lam, one of theta_log by i theta lam;
     with dL = Re(conj(dlam) * change): dnu_log = -nu Re(conj(dlam) lam), and
     dtheta_log = -theta Im(conj(dlam) lam).
@@ -398,42 +381,36 @@ def complex_in_forward(x, B, b):
 
     One real product: x times the real view of B, real and imaginary columns side by side.
     """
-    out = x @ real_view(B)                         # (N, D) -> (N, 2H)
-    out += real_view(b)
-    return out.view(B.dtype), (x, B)
+    out, cache = linear_forward(x, real_view(B), real_view(b))    # (N, D) -> (N, 2H)
+    return out.view(B.dtype), cache
 
 
 def complex_in_backward(dout, cache):
     """dout (N, H) complex -> dx (N, D) real, dB (D, H), db (H,) complex
-
-    Derivative: as in linear_backward on the real views; in complex letters
+    Derivative: as in linear_backward, on the real views; in complex letters
     dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout.
     """
-    x, B = cache
-    dx, dB, db = linear_backward(real_view(dout), (x, real_view(B)))
-    return dx, dB.view(B.dtype), db.view(B.dtype)
+    dx, dB, db = linear_backward(real_view(dout), cache)
+    return dx, dB.view(dout.dtype), db.view(dout.dtype)
 
 
 def complex_out_forward(h, C, b):
     """out = Re(h C) + b, complex in, real out.    h (N, H), C (H, D), b (D,) -> out (N, D)
 
-    Re(h C) is the real inner product of h with conj(C): again one real product.
+    Re(h C) = Re h Re C - Im h Im C: one real product, with rows Re C, -Im C taking turns.
     """
-    C_bar = xp.ascontiguousarray(C.conj().T)       # (D, H)
-    out = real_view(h) @ real_view(C_bar).T        # (N, 2H) -> (N, D)
-    out += b
-    return out, (h, C_bar)
+    W = xp.stack([C.real, -C.imag], 1).reshape(-1, C.shape[1])    # (2H, D)
+    return linear_forward(real_view(h), W, b)      # (N, 2H) -> (N, D)
 
 
 def complex_out_backward(dout, cache):
     """dout (N, D) real -> dh (N, H), dC (H, D) complex, db (D,) real
-
-    Derivative: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout.
+    Derivative: as in linear_backward, with dC = dW's rows for Re C - i times those for -Im C; in
+    complex letters dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout.
     """
-    h, C_bar = cache
-    dh = (dout @ real_view(C_bar)).view(h.dtype)   # (N, D) -> (N, H)
-    dC_bar = (dout.T @ real_view(h)).view(h.dtype)
-    return dh, xp.ascontiguousarray(dC_bar.conj().T), sum_rows(dout)
+    dh, dW, db = linear_backward(dout, cache)
+    dC = dW[0::2] - 1j * dW[1::2]
+    return dh.view(dC.dtype), dC, db
 
 
 def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
@@ -446,7 +423,7 @@ def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
     gamma = xp.exp(gamma_log)
     # gamma scales the columns of B and b_B: D+1 rows to multiply, where u has N
     h, in_cache = complex_in_forward(x, gamma * B, gamma * b_B)
-    _scan_in_place(lam, h, starts)                 # from u to h
+    scan(lam, h, starts, in_place=True)            # from u to h
     out, out_cache = complex_out_forward(h, C, b_C)
     return out, dict(h=h, lam=lam, gamma=gamma, B=B, b_B=b_B, starts=starts,
                      lam_cache=lam_cache, in_cache=in_cache, out_cache=out_cache)
@@ -454,16 +431,15 @@ def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
 
 def lru_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dnu_log, dtheta_log, dgamma_log (H,), dB, db_B, dC, db_C
-
     Derivative: back through projection, scan and projection. With B' = gamma B, b' = gamma b_B:
     dB = gamma dB', db_B = gamma db', and dgamma_log = Re(sum of conj(B') dB' + conj(b') db'),
-    since gamma_log scales B' and b' by 1 + its change.
+    since B' and b' change by B' and b' times gamma_log's change.
     """
     gamma, B, b_B = cache["gamma"], cache["B"], cache["b_B"]
     dh, dC, db_C = complex_out_backward(dout, cache["out_cache"])
     dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"])
     dx, dB, db_B = complex_in_backward(du, cache["in_cache"])
-    dB *= gamma                                    # gamma * B was the product's factor
+    dB *= gamma                                    # the layer's own B was gamma * B
     db_B *= gamma
     dgamma_log = (B.conj() * dB).real.sum(0) + (b_B.conj() * db_B).real
     dnu_log, dtheta_log = lam_backward(dlam, cache["lam_cache"])
@@ -502,7 +478,6 @@ def block_forward(x, p, starts, dropout=0.0, rng=None):
 
 def block_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dp: a dict of gradients by BLOCK_NAMES
-
     Derivative: the forward's lines, bottom to top. A residual adds: its gradient goes down
     both branches, and where the branches part, the two gradients add up.
     """
@@ -528,37 +503,39 @@ def block_backward(dout, cache):
 
 def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=None,
                 dtype=np.float32):
-    """Fresh parameters: a dict of arrays, see the table in the README. float64 for checks.
+    """Fresh parameters, a dict of arrays; dtype float64 for checks.
 
+    item_embedding (V+1, D), embedding_norm.scale and .shift (D,), output_bias (V+1,), and in each
+    block k, as blocks.k.NAME: lru.nu_log, .theta_log, .gamma_log (H,); complex lru.B (D, H),
+    .b_B (H,), .C (H, D); lru.b_C (D,); ffn.W1 (D, F), .b1 (F,), .W2 (F, D), .b2 (D,);
+    lru_norm and ffn_norm, each .scale and .shift (D,).
     Eigenvalues uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), gamma^2 = 1 - |lam|^2;
     everything else but the norms normal(0, 0.02), truncated at two standard deviations.
     """
     rng = np.random.default_rng() if rng is None else rng
     D, H, F = d_model, d_state or 2 * d_model, d_ff or 4 * d_model
-    ctype = np.result_type(dtype, np.complex64)
 
     def normal(*shape):
         x = rng.normal(size=shape)
         while (outside := abs(x) > 2).any():
             x[outside] = rng.normal(size=outside.sum())
-        return (0.02 * x).astype(dtype)
-
-    def complex_normal(*shape):
-        return (normal(*shape) + 1j * normal(*shape)).astype(ctype)
+        return 0.02 * x
 
     params = {"item_embedding": normal(n_items + 1, D),
-              "embedding_norm.scale": np.ones(D, dtype), "embedding_norm.shift": np.zeros(D, dtype)}
+              "embedding_norm.scale": np.ones(D), "embedding_norm.shift": np.zeros(D)}
     for k in range(n_blocks):
         radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # uniform in area
         phase = 2 * math.pi * (1 - rng.random(H))                 # in (0, 2 pi]: log is finite
         values = [np.log(-0.5 * np.log(radius2)), np.log(phase), 0.5 * np.log(1 - radius2),
-                  complex_normal(D, H), complex_normal(H), complex_normal(H, D), normal(D),
+                  normal(D, H) + 1j * normal(D, H), normal(H) + 1j * normal(H),
+                  normal(H, D) + 1j * normal(H, D), normal(D),
                   np.ones(D), np.zeros(D), normal(D, F), normal(F), normal(F, D), normal(D),
                   np.ones(D), np.zeros(D)]
-        for name, value in zip(BLOCK_NAMES, values):
-            params[f"blocks.{k}.{name}"] = value if np.iscomplexobj(value) else value.astype(dtype)
+        params.update({f"blocks.{k}.{name}": x for name, x in zip(BLOCK_NAMES, values)})
     params["output_bias"] = normal(n_items + 1)
-    return {name: xp.asarray(value) for name, value in params.items()}
+    ctype = np.result_type(dtype, np.complex64)
+    return {name: xp.asarray(x, ctype if np.iscomplexobj(x) else dtype)
+            for name, x in params.items()}
 
 
 def blocks(params):
@@ -568,7 +545,7 @@ def blocks(params):
 
 
 def forward(params, items, starts, dropout=0.0, rng=None):
-    """items (N,), starts (N,) -> hidden (N, D), caches: one list entry per layer."""
+    """items (N,), starts (N,) -> hidden (N, D), caches: embedding, dropout, norm, each block"""
     x, embedding = embedding_forward(params["item_embedding"], items)
     x, mask = dropout_forward(x, dropout, rng)
     x, norm = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
@@ -581,7 +558,6 @@ def forward(params, items, starts, dropout=0.0, rng=None):
 
 def backward(dhidden, caches):
     """dhidden (N, D), caches as of forward -> grads, all but the output layer's
-
     Derivative: the forward's lines, bottom to top.
     """
     embedding, mask, norm, *block_caches = caches
@@ -644,14 +620,11 @@ def encode(params, items, starts, return_state=False):
     step goes on. hidden[n] depends on row n and the rows before it, back to its wall.
     """
     items, starts = xp.asarray(items), xp.asarray(starts)
+    hidden, (_, _, _, *block_caches) = forward(params, items, starts)
+    if not return_state:
+        return hidden
     last = xp.append(xp.flatnonzero(starts[1:]), len(starts) - 1)  # the rows before a wall
-    x, _ = embedding_forward(params["item_embedding"], items)
-    x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
-    states = []
-    for p in blocks(params):
-        x, cache = block_forward(x, p, starts)
-        states.append(cache["lru"]["h"][last])
-    return (x, xp.stack(states)) if return_state else x
+    return hidden, xp.stack([cache["lru"]["h"][last] for cache in block_caches])
 
 
 def score(params, hidden):
@@ -694,6 +667,7 @@ def step(params, state, items):
 # ---------------------------------------------------------------------------------------------
 # AdamW (Loshchilov and Hutter, arXiv 1711.05101), as PyTorch runs it
 
+# as in the authors' code: eigenvalues and their gain decay too; biases and norms do not
 DECAYED = ("item_embedding", "nu_log", "theta_log", "gamma_log", ".B", ".C", ".W1", ".W2")
 
 
@@ -704,11 +678,11 @@ def adamw_init(params):
 
 
 def adamw_update(params, grads, opt, lr, weight_decay, betas=(0.9, 0.999), eps=1e-9):
-    """One step, in place: m, v are running means of g, g^2, freed of their bias towards 0.
+    """One step, in place. m, v: running means of g, g^2; mhat = m / (1 - beta1^t), vhat alike.
 
         p <- p (1 - lr weight_decay)    where decayed, then    p <- p - lr mhat / (sqrt(vhat) + eps)
 
-    A complex entry is two real ones, each with its own v.
+    A complex entry is two real ones, each with its own v. eps as in the authors' code.
     """
     opt["step"] += 1
     beta1, beta2 = betas
@@ -768,23 +742,22 @@ def save(path, params, **extra):
 
 
 def load(path):
-    """-> params, extra, as given to save. Raises ValueError where the file is not such a one."""
-    params, extra = {}, {}
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = str(file["format"]) if "format" in file.files else "none"
-            for key in file.files if found == FORMAT else ():
-                kind, _, name = key.partition("/")
-                if kind == "params":
-                    params[name] = xp.asarray(file[key])
-                elif kind == "array":
-                    extra[name] = file[key]
-                elif kind == "json":
-                    extra[name] = json.loads(str(file[key]))
-    except OSError:
-        raise
-    except Exception:                              # what a damaged zip can raise has no end
-        raise ValueError(f"{path} is not a model file, or is damaged") from None
+    """-> params, extra, as given to save. Raises OSError where path cannot be opened, ValueError
+    where it is no such file."""
+    with open(path, "rb") as raw:
+        try:
+            with np.load(raw, allow_pickle=False) as file:
+                entries = dict(file)
+        except Exception:                          # what a damaged zip can raise has no end
+            raise ValueError(f"{path} is not a model file, or is damaged") from None
+    found = str(entries.pop("format", "none"))
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}; this program reads {FORMAT!r}")
+    params, extra = {}, {}
+    for key, value in entries.items():
+        kind, _, name = key.partition("/")
+        if kind == "params":
+            params[name] = xp.asarray(value)
+        else:
+            extra[name] = value if kind == "array" else json.loads(str(value))
     return params, extra

@@ -205,7 +205,7 @@ def grade_lam(L):
 
 def grade_complex_in(L):
     def mistakes(d, cache):
-        x, B = cache
+        x, B = cache[0], cache[1].view(complex)
         yield "a missing conjugate: B enters dx conjugated", (np.real(d @ B.T), x.T @ d, d.sum(0))
     grade_layer(L, "complex_in", {"x": real(5, 3), "B": compl(3, 4), "b": compl(4)},     # 1e-10
                 mistakes=mistakes)
@@ -417,7 +417,6 @@ def write_exercise(name):
     shown, asked, _ = EXERCISES[name]
     used = set().union(*(names_used(getattr(lrurec, f)) for f in shown + asked))
     modules = {n for n in used if inspect.ismodule(getattr(lrurec, n))} - {"xp"}
-    used |= {"scan"} if "_scan_in_place" in used else set()       # what a learner would call
     imports = sorted((used - modules - set(shown) - set(asked)) | {"xp"})
     bodies = [inspect.getsource(getattr(lrurec, f)) for f in shown] + [skeleton(f) for f in asked]
     lines = [f'"""Exercise {name}: write {" and ".join(asked)}. The conventions stand in the '
@@ -514,10 +513,12 @@ BROKEN = [  # function, its right code, a plausible wrong version, the hint
     ("dropout_backward", "else dout * mask", "else dout * (mask > 0)", FACTOR),
     ("cross_entropy_backward", "-= dloss * weights", "-= weights", ANY),
     ("cross_entropy_backward", "dloss * weights / sums", "weights / sums", ANY),
-    ("complex_in_backward", "real_view(B)", "real_view(B.conj())", CONJUGATE),
-    ("complex_in_backward", "dB.view(B.dtype)", "dB.view(B.dtype).conj()", CONJUGATE),
-    ("complex_out_backward", ".view(h.dtype)   #", ".view(h.dtype).conj()   #", CONJUGATE),
-    ("complex_out_backward", "dC_bar.conj().T", "dC_bar.T", CONJUGATE),
+    ("complex_in_backward", "linear_backward(real_view(dout), cache)",
+     "linear_backward(real_view(dout), (cache[0], real_view(cache[1].view(complex).conj())))",
+     CONJUGATE),
+    ("complex_in_backward", "dB.view(dout.dtype)", "dB.view(dout.dtype).conj()", CONJUGATE),
+    ("complex_out_backward", "dh.view(dC.dtype)", "dh.view(dC.dtype).conj()", CONJUGATE),
+    ("complex_out_backward", "- 1j * dW[1::2]", "+ 1j * dW[1::2]", CONJUGATE),
     ("scan_backward", "lam.conj()", "lam", CONJUGATE),
     ("scan_backward", "h[:-1].conj()", "h[:-1].copy()", CONJUGATE),
     ("scan_backward", "xp.roll(starts, -1)[::-1]", "xp.zeros(len(starts), bool)",
@@ -545,7 +546,7 @@ BROKEN = [  # function, its right code, a plausible wrong version, the hint
     ("adamw_update", "(xp.sqrt(v / correction2) + eps)", "xp.sqrt(v / correction2 + eps)",
      "is wrong"),
     ("adamw_update", "v / correction2", "v", "is wrong"),
-    ("scan", "h = u.copy()", "h = u", "changed the u"),
+    ("scan", "u if in_place else u.copy()", "u", "changed the u"),
     ("step", "lam * state[k] +", "state[k] +", "differs from encode"),
 ]
 
@@ -658,6 +659,9 @@ def test_the_shapes_and_types_that_the_contract_names():
         is_complex = name.endswith((".B", ".b_B", ".C"))
         assert p.dtype == (np.complex64 if is_complex else np.float32), name
     assert lrurec.init_params(7, 4, 3, 5)["blocks.1.ffn.W1"].shape == (4, 5)
+    published = lrurec.blocks(lrurec.init_params(7))
+    assert len(published) == 2 and published[0]["lru.B"].shape == (64, 128)
+    assert published[1]["ffn.W1"].shape == (64, 256)
 
 
 def test_gelu_is_the_one_of_the_normal_distribution():
@@ -1547,7 +1551,7 @@ def test_a_stray_numpy_call_is_caught_by_the_stand_in():
 def test_without_cupy_or_a_card_one_line_says_what_to_install(monkeypatch, capsys):
     assert "cupy" not in sys.modules, "nobody asked for it"
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert run("--device", "gpu") == 2 and "pip install 'cupy" in capsys.readouterr().err
+    assert run("--device", "gpu") == 2 and 'pip install "cupy' in capsys.readouterr().err
     card_less = StandIn()
 
     def zeros(*args):

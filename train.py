@@ -578,7 +578,7 @@ def inspect_command(given):
 # Speed
 
 PARTS = {"cross-entropy": ["output_loss"],
-         "recurrence": ["_scan_in_place", "scan_backward"],
+         "recurrence": ["scan", "scan_backward"],
          "projections": ["complex_in_forward", "complex_in_backward", "complex_out_forward",
                          "complex_out_backward"],
          "feed-forward": ["linear_forward", "linear_backward", "gelu_forward", "gelu_backward"],
