@@ -13,6 +13,7 @@ as DataError: one line that names the file, the line, the value and what to do.
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -40,6 +41,7 @@ class Events(NamedTuple):
     user_ids: list              # raw ids, text
     item_ids: list
     titles: dict = {}           # raw item id -> title
+    layout: str = ""            # how the file was understood, to be shown
 
 
 class Dataset(NamedTuple):
@@ -49,12 +51,14 @@ class Dataset(NamedTuple):
     offsets: np.ndarray         # (users + 1,) user u owns items[offsets[u]:offsets[u + 1]]
     item_ids: list              # (V + 1,) raw ids; item_ids[0] is ""
     titles: list                # (V + 1,) titles, or the raw id where there is none
-    digest: str                 # of all the above: the same data has the same digest
+    digest: str                 # of items, offsets and item_ids: the same data, the same digest
+    layout: str = ""            # as in Events
 
 
 # ---------------------------------------------------------------------------------------------
 # MovieLens: fetched once, kept in the user's cache folder, as the archive it came in
 
+NAMES = ("ml-100k", "ml-1m")
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/{}.zip"
 RECBOLE = "recbole==1.2.1"                      # its wheel holds a copy of ML-100K
 RECBOLE_FOLDER = "recbole/dataset_example/ml-100k/ml-100k"
@@ -103,11 +107,12 @@ def fetch_movielens(name, opener=urllib.request.urlopen):
     if name == "ml-100k":
         sources.append((RECBOLE, recbole_wheel))
     for source, get in sources:
-        print(f"fetching {name} from {source}", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"fetching {name} from {source}", file=sys.stderr)
         try:
             archive = get()
-            parse_archive(name, io.BytesIO(archive), path)         # a wrong one is not kept
-        except (OSError, subprocess.SubprocessError, DataError) as error:
+            parse_archive(name, io.BytesIO(archive), "what came")  # a wrong one is not kept
+        except (OSError, http.client.HTTPException, subprocess.SubprocessError, DataError) as error:
             failures.append(f"{source}: {' '.join(str(error).split())}")
         else:
             write_whole(path, archive)
@@ -160,13 +165,12 @@ def parse_archive(name, archive, path):
         table = table[np.lexsort(table.T[::-1])]
         if hashlib.sha256(table.astype("<i8").tobytes()).hexdigest() != ML_100K_EVENTS:
             raise DataError(f"{path} does not hold the 100,000 events of ML-100K: delete it")
-    return events._replace(titles={row[0]: row[1] for row in rows})
+    return events._replace(titles={row[0]: row[1] for row in rows}, layout="")
 
 
 # ---------------------------------------------------------------------------------------------
 # Any delimited text
 
-DELIMITERS = ["\t", "::", ",", ";", "|", " "]
 USER_NAMES = {"user", "userid", "uid", "reviewerid"}
 ITEM_NAMES = {"item", "itemid", "iid", "movieid", "sid", "productid", "asin"}
 TIME_NAMES = {"timestamp", "time", "ts", "unixreviewtime"}
@@ -175,6 +179,7 @@ TIME_NAMES = {"timestamp", "time", "ts", "unixreviewtime"}
 def read_file(path, columns=None):
     """Events of a delimited text file, gzip or not. columns: USER,ITEM[,TIME] as on the flag."""
     try:
+        path = os.fspath(path)
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
@@ -208,7 +213,9 @@ def parse(content, path, columns=None):
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise DataError(f"{path} is empty: it needs lines of user,item[,time]")
-    delimiter = next((d for d in DELIMITERS if d in first.strip(" \r\n")), None)
+    line = first.strip(" \r\n")
+    delimiter = next((d for d in ("\t", "::") if d in line), None) or next(
+        (d for d in sorted(";,|", key=line.count, reverse=True) + [" "] if d in line), None)
     if delimiter is None:
         raise DataError(f"{path}: no delimiter in {first.strip()[:60]!r}: separate the columns "
                         "by tab, '::', comma, semicolon, '|' or space")
@@ -241,8 +248,9 @@ def _parse_rows(reader, path, columns):
                                 f"{max(where) + 1} are needed: complete or remove it") from None
             except ValueError:
                 raise DataError(f"{path}, line {_line(reader, n)}: time {row[t][:40]!r} is not a "
-                                "finite number: give seconds or milliseconds; if this line is a "
-                                "header, name its columns with --columns USER,ITEM,TIME") from None
+                                "finite number below 2^63: give seconds or milliseconds"
+                                + "; if this is a header, name its columns with --columns "
+                                "USER,ITEM,TIME" * (not users)) from None
             if not user or not item:
                 raise DataError(f"{path}, line {_line(reader, n)}: an empty "
                                 f"{'item' if user else 'user'} id: fill it in or remove the line")
@@ -253,8 +261,11 @@ def _parse_rows(reader, path, columns):
         raise DataError(f"{path}, line {_line(reader, n + 1)}: {error}: check its quotes") from None
     if not users:
         raise DataError(f"{path} has a header but no events: it needs lines of user,item[,time]")
+    layout = (f"user, item{', time' * (t is not None)} read from columns "
+              f"{', '.join(str(column + 1) for column in where)}, "
+              f"{'a header' if header else 'no header'}; ")
     return Events(np.array(users), np.array(items), np.array(times),
-                  list(user_codes), list(item_codes))
+                  list(user_codes), list(item_codes), layout=layout)
 
 
 def _line(reader, n):
@@ -289,7 +300,7 @@ def find_columns(row, path, line, columns=None):
         where = [int(column) - 1 for column in columns]
         if max(where) >= len(row):
             raise DataError(f"{path}, line {line}: {len(row)} columns, but --columns asks for "
-                            f"{max(where) + 1}")
+                            f"number {max(where) + 1}: count them from 1")
         return header, where
     if columns:
         plain = [field.partition(":")[0] for field in fields]
@@ -301,7 +312,8 @@ def find_columns(row, path, line, columns=None):
     if header:
         return True, [user, item] + ([] if when is None else [when])
     if len(row) < 2:
-        raise DataError(f"{path}, line {line}: one column where user,item[,time] are needed")
+        raise DataError(f"{path}, line {line}: one column where user,item[,time] are needed: see "
+                        "its delimiter")
     return False, [[0, 1], [0, 1, 2], [0, 1, 3]][min(len(row), 4) - 2]
 
 
@@ -315,7 +327,7 @@ def load_dataset(source, min_count=5, ties="item", seed=0, columns=None):
     ties        order of a user's events of equal time: "item" by id, as the official code (a
                 pattern that a model can learn), "file" as in the file, "random" drawn from seed
     """
-    if source in ("ml-100k", "ml-1m"):
+    if source in NAMES:
         path = fetch_movielens(source)
         events = parse_archive(source, path, path)
     else:
@@ -348,7 +360,7 @@ def prepare(events, name, min_count=5, ties="item", seed=0):
     digest = hashlib.sha256(items.astype("<i8").tobytes() + offsets.astype("<i8").tobytes()
                             + "\0".join(item_ids).encode()).hexdigest()
     titles = [events.titles.get(raw, raw) for raw in item_ids]
-    return Dataset(name, items, offsets, item_ids, titles, digest)
+    return Dataset(name, items, offsets, item_ids, titles, digest, events.layout)
 
 
 def _renumber(codes, raw_ids):
@@ -359,7 +371,7 @@ def _renumber(codes, raw_ids):
     used = np.unique(codes)
     raw = [raw_ids[code] for code in used]
     try:
-        keys = [(int(text), text) for text in raw]
+        keys = [(_number(text), text) for text in raw]
     except ValueError:
         keys = raw
     order = sorted(range(len(raw)), key=keys.__getitem__)

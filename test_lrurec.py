@@ -873,6 +873,7 @@ GOOD = {  # what the file holds -> columns; each says: user 1 saw 10 at 100, 11 
                           ["user_id", "video_id", "time_ms"]),
     "by number": ("100;10;1\n200;11;1\n50;10;2", ["3", "2", "1"]),
     "semicolons": ("user;item;time\n1;10;100\n1;11;200\n2;10;50", None),
+    "semicolons, decimal commas": ("1;10;3,5;100\n1;11;4,0;200\n2;10;1,5;50", None),
     "gzip": (gzip.compress(b"1,10,100\n1,11,200\n2,10,50\n"), None),
 }
 
@@ -884,6 +885,13 @@ def test_the_same_events_from_every_format(name, tmp_path):
     assert [events.user_ids[u] for u in events.users] == ["1", "1", "2"]
     assert [events.item_ids[i] for i in events.items] == ["10", "11", "10"]
     assert events.times.tolist() == [100, 200, 50]
+
+
+def test_ids_that_are_numbers_are_ordered_as_numbers():
+    for raw, expected in ((["10", "9", "1"], ["1", "9", "10"]),
+                          (["b", "10", "9"], ["10", "9", "b"]), (["10.0", "9.5", "1"], ["1", "9.5", "10.0"])):
+        events = reader.Events(np.zeros(3, int), np.arange(3), np.arange(3), ["u"], raw)
+        assert reader.prepare(events, "toy", min_count=0).item_ids[1:] == expected
 
 
 def test_ids_are_any_text_and_times_are_exact(tmp_path):
@@ -1142,6 +1150,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     (["--ties", "x"], "item"), (["--max-len", "x"], "from 1"), (["--lr", "nan"], "number"),
     (["--data", "/nowhere.csv"], "/nowhere.csv"), (["evaluate", "/nowhere.npz"], "/nowhere.npz"),
     (["--columns", "user"], "USER,ITEM"), (["--threads", "1.5"], "whole number"),
+    (["--columns", "00,1"], "USER,ITEM"), (["--columns", "01,1"], "USER,ITEM"),
+    (["--columns", "1,2"], "no file of yours"), (["--data", ""], "ml-100k"),
+    (["--out", ""], "path"),
+    (["evalute", "m.npz"], "evaluate"), (["train", "extra"], "extra"), (["--no-such"], "--no-such"),
+    (["recommend", "/nowhere.npz", "1", "--new-users"], "--new-users"),
 ])
 def test_a_mistake_ends_with_2_and_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1149,6 +1162,46 @@ def test_a_mistake_ends_with_2_and_one_line(arguments, message, capsys, tmp_path
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_resume_keeps_the_runs_own_epochs_and_patience(tmp_path, capsys):
+    file, out = toy_file(tmp_path / "toy.csv"), tmp_path / "r"
+    assert run("--data", file, "--out", out, "--epochs", 3, "--patience", 2, *TINY) == 0
+    epochs = len(json.loads((out / "metrics.json").read_text())["history"])
+    assert run("--resume", "--out", out) == 0
+    report = json.loads((out / "metrics.json").read_text())
+    assert len(report["history"]) == epochs and report["config"]["patience"] == 2
+    assert run("--resume", "--out", out, "--lr", 0.5) == 2 and "--lr" in capsys.readouterr().err
+    os.remove(out / "model.npz")
+    assert run("--resume", "--out", out) == 2 and "no run to resume" in capsys.readouterr().err
+
+
+def test_runs_without_out_take_folders_of_their_own(tmp_path, monkeypatch, capsys):
+    file = toy_file(tmp_path / "toy.csv")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("--data", file, "--epochs", 1, *TINY) == 0
+    assert sorted(os.listdir("runs")) == ["toy", "toy-2"]
+    assert run("--data", file, "--epochs", 2, "--resume") == 0
+    assert "run in " + os.path.join("runs", "toy-2") in capsys.readouterr().out
+
+
+def test_without_anybody_to_validate_on_the_last_epoch_is_kept(tmp_path, capsys):
+    file = write(tmp_path / "f", "".join(f"{u},{i}\n" for u in range(9) for i in (u % 3, 5)))
+    assert run("--data", file, "--out", tmp_path / "r", "--min-count", 0, "--epochs", 3,
+               "--patience", 1, *TINY) == 0
+    report = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert report["epoch"] == 3 and report["validation"] is None and report["test"] is None
+    assert "no user" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def too_large(*args, **options):
+        raise MemoryError
+    monkeypatch.setattr(lrurec, "init_params", too_large)
+    assert run("--data", toy_file(tmp_path / "toy.csv"), "--out", tmp_path / "r", *TINY) == 2
+    error = capsys.readouterr().err
+    assert "--d-model" in error and error.count("\n") == 1 and not (tmp_path / "r").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
@@ -1234,6 +1287,28 @@ def test_recommend(model, capsys):
     assert run("recommend", model, "--new-user") == 0 and "after 0" in capsys.readouterr().out
     assert run("recommend", model, "nothing like it") == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert run("recommend", model, "i3", "--device", "cpu", "i4") == 0, "flags may stand anywhere"
+    assert capsys.readouterr().out.splitlines() == lines
+    assert run("recommend", model, "--new-user", "i3") == 2
+    capsys.readouterr()
+    assert run("recommend", model, *(f"i{k}" for k in range(14))) == 0, "nothing is left to show"
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1 and printed.err == ""
+
+
+def test_any_alphabet_in_any_terminal(tmp_path):
+    words = "дом кот лес сад пол".split()
+    text = "".join(f"u{u},{word},{t}\n" for u in range(6) for t, word in enumerate(words))
+    here, file = os.path.dirname(os.path.abspath(__file__)), write(tmp_path / "f.csv", text)
+    command = [sys.executable, "train.py", "--data", file, "--out", str(tmp_path / "r"),
+               "--epochs", "1", *TINY]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    subprocess.run(command, cwd=here, env=environment, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "train.py", "recommend", str(tmp_path / "r/model.npz")],
+                          cwd=here, env=environment, input="дом\n".encode(), capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, "cp1252 cannot spell it"
+    done = subprocess.run([*done.args, "дом"], cwd=here, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"\\u043a\\u043e\\u0442" in done.stdout
 
 
 def test_recommend_from_a_pipe_answers_line_by_line(model, capsys, monkeypatch):
@@ -1290,6 +1365,8 @@ def test_inspect(model, capsys):
     (lambda e: e.update(format=np.array("lrurec 9")), "format 'lrurec 9'"),
     (lambda e: e.update({"params/output_bias": np.zeros(3, np.float32)}), "lacks output_bias of"),
     (lambda e: e.update({"json/digest": np.array('"0"')}), "other data"),
+    (lambda e: e.update({"json/titles": np.array("[]")}), "lacks 14 titles"),
+    (lambda e: e["params/output_bias"].fill(np.nan), "lacks finite numbers"),
 ])
 def test_a_model_that_does_not_fit_is_one_clear_line(model, change, message, tmp_path, capsys):
     with np.load(model) as file:
@@ -1476,8 +1553,8 @@ class StandIn:
 
     def __init__(self):
         for name in ("append arange ascontiguousarray concatenate cumsum empty empty_like exp "
-                     "flatnonzero full log maximum minimum ones roll sqrt stack tanh vdot where "
-                     "zeros zeros_like").split():
+                     "flatnonzero full isfinite log maximum minimum ones roll sqrt stack tanh "
+                     "vdot where zeros zeros_like").split():
             setattr(self, name, on_device(getattr(np, name)))
 
     def ElementwiseKernel(self, inputs, outputs, body, name):

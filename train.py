@@ -16,12 +16,14 @@ import os
 
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                  "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(variable, "1")           # the threads below share out shards instead
+    os.environ[variable] = "1"                     # the threads below share out shards instead
 
 import argparse
 import ctypes
 import difflib
+import itertools
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -45,7 +47,8 @@ DEFAULTS = {"data": "ml-100k", "out": None, "resume": False, "epochs": 50, "pati
             "n_blocks": 2, "min_count": 5, "ties": "item", "columns": None}
 # of the paper's code; the bench runs these
 PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01}
-FREE = ("out", "resume", "epochs", "patience", "threads", "device")     # may differ on --resume
+NOT_SAVED = ("out", "resume", "threads", "device")
+FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def fit(data, config, folder, pool, run=None):
     n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
     while run["epoch"] < config["epochs"]:
         best = run["best"]
-        if best and run["epoch"] - best["epoch"] >= config["patience"]:
+        if best and best["validation"] and run["epoch"] - best["epoch"] >= config["patience"]:
             break
         begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
         rng = np.random.default_rng([config["seed"], epoch])
@@ -199,32 +202,39 @@ def fit(data, config, folder, pool, run=None):
             progress(f"epoch {epoch}/{config['epochs']}  batch {n}/{n_batches}  "
                      f"at most {spent / done - spent:.0f} s to go")
         losses = lrurec.to_host(lrurec.xp.stack([lrurec.xp.asarray(loss) for loss in losses]))
+        if not finite(params):
+            losses[-1] = np.nan                    # the last step broke them
         if not np.isfinite(losses).all():
             batch = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
             raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr; "
-                            f"{folder} keeps the epochs before")
+                            f"{folder} keeps the {epoch - 1} epochs before")
         validation = evaluate(model_scorer(params), data, "validation", config["max_len"], pool)
+        value = validation and validation[BEST]    # None: there is no user to validate on
+        star = value is None or best is None or value > best["validation"][BEST]
         seconds = time.perf_counter() - begin
         run["epoch"], run["seconds"] = epoch, run["seconds"] + seconds
-        value = validation[BEST] if validation else 0.0
         run["history"].append({"epoch": epoch, "loss": float(losses.mean()), BEST: value,
                                "seconds": seconds})
-        star = best is None or value > best["validation"][BEST]
-        progress("")
-        print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  validation {BEST} {value:.4f}"
-              f"{' *' if star else '  '}  {seconds:.1f} s", flush=True)
         if star:
-            run["best"] = {"epoch": epoch, "validation": validation or {BEST: value}}
+            run["best"] = {"epoch": epoch, "validation": validation}
             lrurec.save(os.path.join(folder, "model.npz"), params, config=saved(config),
                         epoch=epoch, digest=data.digest, item_ids=data.item_ids,
                         titles=data.titles)
         write_run(folder, run, config, data)
+        progress("")
+        result = "no user to validate on" if value is None else f"validation {BEST} {value:.4f}"
+        print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  {result}{' *' if star else '  '}"
+              f"  {seconds:.1f} s", flush=True)
     return run
 
 
+def finite(params):
+    return all(bool(lrurec.xp.isfinite(p).all()) for p in params.values())
+
+
 def saved(config):
-    """The part of config that belongs to a model."""
-    return {name: value for name, value in config.items() if name not in FREE}
+    """The part of config that goes into the files."""
+    return {name: value for name, value in config.items() if name not in NOT_SAVED}
 
 
 def write_run(folder, run, config, data):
@@ -237,7 +247,8 @@ def write_run(folder, run, config, data):
 
 def read_run(path):
     """What write_run wrote -> run, config, digest. Raises DataError."""
-    params, extra = load_model(path, ("step", "epoch", "best", "seconds", "history"))
+    params, extra = load_model(path, ("step", "epoch", "best", "seconds", "history"),
+                               "the run cannot go on: start a new one with another --out")
     asarray = lrurec.xp.asarray
     opt = {"step": extra["step"],
            **{kind: {name: asarray(extra[f"{kind}/{name}"]) for name in params} for kind in "mv"}}
@@ -246,9 +257,9 @@ def read_run(path):
     return run, extra["config"], extra["digest"]
 
 
-def load_model(path, keys=("epoch", "item_ids", "titles")):
+def load_model(path, keys=("epoch", "item_ids", "titles"),
+               remedy="give a model.npz that `python train.py train` wrote"):
     """lrurec.load for a file of this program -> params, extra. Raises DataError, one line."""
-    remedy = "give a model.npz that `python train.py train` wrote"
     try:
         params, extra = lrurec.load(path)
     except OSError as error:
@@ -257,7 +268,8 @@ def load_model(path, keys=("epoch", "item_ids", "titles")):
         raise DataError(f"{error}: {remedy}") from None
     config = extra.get("config") or {}
     missing = [key for key in ("config", "digest", *keys) if key not in extra]
-    missing += [f"config {name}" for name in DEFAULTS if name not in FREE and name not in config]
+    missing += [f"config {name}" for name in DEFAULTS
+                if name not in NOT_SAVED and name not in config]
     missing += [name for name in ("item_embedding",) if name not in params]
     if not missing:
         try:
@@ -265,6 +277,9 @@ def load_model(path, keys=("epoch", "item_ids", "titles")):
             wanted = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"])
             missing = [f"{name} of shape {p.shape}" for name, p in wanted.items()
                        if name not in params or params[name].shape != p.shape]
+            missing += ["finite numbers"] * (not missing and not finite(params))
+            missing += [f"{n_items} {key}" for key in ("item_ids", "titles")
+                        if key in keys and len(extra[key]) != n_items + 1]
         except (TypeError, ValueError):
             missing = ["a sound configuration"]
     if missing:
@@ -275,7 +290,7 @@ def load_model(path, keys=("epoch", "item_ids", "titles")):
 def progress(text):
     """Show text on the one line that updates; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
-        print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+        print(f"\r{text:<78}" + "\r" * (not text), end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -283,8 +298,17 @@ def progress(text):
 
 def load_data(config):
     columns = config["columns"] and config["columns"].split(",")
+    if columns and config["data"] in reader.NAMES:
+        raise DataError(f"--columns: {config['data']} is no file of yours: leave the flag out")
     return reader.load_dataset(config["data"], config["min_count"], config["ties"],
                                config["seed"], columns)
+
+
+def use_device(config):
+    try:
+        lrurec.use_device(config["device"])
+    except RuntimeError as error:
+        raise DataError(str(error)) from None
 
 
 def print_table(results):
@@ -298,58 +322,82 @@ def print_table(results):
 
 
 def choose_folder(config):
-    """The run's folder: --out, or runs/NAME, runs/NAME-2, ... by what is there already."""
+    """The run's folder, made here so that no two runs share one: --out, or the first of runs/NAME,
+    runs/NAME-2, ... that is not there yet; on --resume the last one that is."""
     name = os.path.basename(config["data"]).split(".")[0] or "data"
-    numbered = [os.path.join("runs", name if n == 1 else f"{name}-{n}") for n in range(1, 10000)]
-    taken = [folder for folder in numbered if holds_run(folder)]
+    numbered = (os.path.join("runs", name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
     if config["resume"]:
-        folder = config["out"] or (taken or numbered)[-1 if taken else 0]
-        if not os.path.exists(os.path.join(folder, "last.npz")):
+        folder = config["out"] or [os.path.join("runs", name), *itertools.takewhile(
+            os.path.exists, numbered)][-1]
+        if not (holds(folder, "last.npz") and holds(folder, "model.npz")):
             raise DataError(f"{folder} holds no run to resume: give its folder with --out")
-    else:
-        folder = config["out"] or next(f for f in numbered if not os.path.exists(f))
-        if holds_run(folder):
-            raise DataError(f"{folder} holds a run: go on with --resume, or choose another --out")
-    return folder
+        return folder
+    for folder in [config["out"]] if config["out"] else numbered:
+        if holds(folder, "last.npz") or holds(folder, "model.npz"):
+            if config["out"]:
+                raise DataError(f"{folder} holds a run: go on with --resume, or choose another "
+                                "--out")
+            continue
+        try:
+            os.makedirs(folder, exist_ok=bool(config["out"]))
+            return folder
+        except FileExistsError:
+            if config["out"]:
+                raise
 
 
-def holds_run(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("last.npz", "model.npz"))
+def holds(folder, name):
+    return os.path.exists(os.path.join(folder, name))
 
 
 def train_command(given):
     config = {**DEFAULTS, **given}
+    use_device(config)
+    new = not os.path.isdir(config["out"] or "")
     folder = choose_folder(config)
-    lrurec.use_device(config["device"])
+    try:
+        return train_in(folder, config, given)
+    except KeyboardInterrupt:
+        progress("")
+        again = f"python train.py train --resume --out {shlex.quote(folder)}"
+        print("\ninterrupted; " + (f"every whole epoch is saved; go on with: {again}"
+                                   if holds(folder, "last.npz") else "nothing was saved yet"),
+              file=sys.stderr)
+        return 130
+    finally:
+        if new and os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)                       # a run that did not begin leaves nothing
+            if not config["out"] and not os.listdir("runs"):
+                os.rmdir("runs")
+
+
+def train_in(folder, config, given):
     run = None
     if config["resume"]:
         run, run_config, digest = read_run(os.path.join(folder, "last.npz"))
         for name, value in given.items():
             if name not in FREE and run_config[name] != value:
-                raise DataError(f"--{name.replace('_', '-')} {value}: the run in {folder} has "
-                                f"{run_config[name]}: leave the flag out, or start a new run")
-        config.update(run_config)
+                there = "none" if run_config[name] is None else run_config[name]
+                raise DataError(f"--{name.replace('_', '-')}: the run in {folder} has {there}: "
+                                "leave the flag out, or start a new run")
+        config = {**config, **run_config, **given}
     data = load_data(config)
     if run and digest != data.digest:
         raise DataError(f"{folder} was trained on other data than {config['data']} now holds: "
                         "start a new run with another --out")
-    os.makedirs(folder, exist_ok=True)
     numbers = {"name": data.name, "users": len(data.offsets) - 1, "items": len(data.item_ids) - 1,
                "events": len(data.items), "digest": data.digest}
     print(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
-          f"{numbers['events']:,} events; ties by {config['ties']}; run in {folder}", flush=True)
-    warnings.simplefilter("ignore", RuntimeWarning)   # fit reports what matters
-    with ThreadPoolExecutor(config["threads"]) as pool:
-        try:
-            run = fit(data, config, folder, pool, run)
-        except KeyboardInterrupt:
-            progress("")
-            again = f"python train.py train --resume --out {folder}"
-            print(f"\ninterrupted; the last whole epoch is saved; go on with: {again}",
-                  file=sys.stderr)
-            return 130
-        params, _ = load_model(os.path.join(folder, "model.npz"))
-        max_len = config["max_len"]
+          f"{numbers['events']:,} events; {data.layout}ties by {config['ties']}; run in {folder}",
+          flush=True)
+    max_len = config["max_len"]
+    with ThreadPoolExecutor(config["threads"]) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)           # fit reports what matters
+        run = fit(data, config, folder, pool, run)
+        params, extra = load_model(os.path.join(folder, "model.npz"))
+        if extra["epoch"] != run["best"]["epoch"]:                # killed between the two files
+            raise DataError(f"{folder}/model.npz is of epoch {extra['epoch']}, and last.npz ends "
+                            f"before it: resume with --epochs {extra['epoch']} or more")
         test = evaluate(model_scorer(params), data, "test", max_len, pool)
         baselines = {name: evaluate(scorer, data, "test", max_len, pool)
                      for name, scorer in baseline_scorers(data).items()}
@@ -365,11 +413,9 @@ def train_command(given):
 
 
 def evaluate_command(given):
+    use_device({**DEFAULTS, **given})
     params, extra = load_model(given["model"])
     config = {**DEFAULTS, **extra["config"], **given}
-    if config["device"] != "cpu":
-        lrurec.use_device(config["device"])
-        params, extra = load_model(given["model"])
     data = load_data(config)
     if data.digest != extra["digest"]:
         raise DataError(f"{given['model']} was trained on other data than {config['data']}: "
@@ -406,7 +452,7 @@ def find_item(text, item_ids, titles):
                         + listed + ("; ..." if len(found) > 8 else ""))
     close = difflib.get_close_matches(text.lower(), lower[1:], 5, 0.5)
     near = "; ".join(titles[lower.index(title, 1)] for title in close) or "nothing"
-    raise DataError(f"no item {text!r}; the nearest: {near}")
+    raise DataError(f"no item {text!r}; the nearest: {near}; give one of the model's titles or ids")
 
 
 def top_items(scores, n=TOP):
@@ -448,8 +494,8 @@ class Visitor:
         """-> items, scores, probabilities of the best TOP items that are not in the history."""
         scores = lrurec.to_host(lrurec.score(self.params, self.hidden[-1]))
         scores[self.history] = -np.inf
-        exps = np.exp(scores - scores.max())
         n = min(TOP, len(scores) - 1 - len(set(self.history)))
+        exps = np.exp(scores - scores.max()) if n else scores
         best = top_items(scores[None].copy(), n)[0]
         return best, scores[best], exps[best] / exps.sum()
 
@@ -463,20 +509,20 @@ class Visitor:
 
 
 def recommend_command(given):
+    use_device({**DEFAULTS, **given})
     params, extra = load_model(given["model"])
-    if given.get("device", "cpu") != "cpu":
-        lrurec.use_device(given["device"])
-        params, extra = load_model(given["model"])
     item_ids, titles = extra["item_ids"], extra["titles"]
     visitor = Visitor(params)
+    if given.get("items") and given.get("new_user"):
+        raise DataError("--new-user is for nobody's history: give it, or items, not both")
     if given.get("items") or given.get("new_user"):
         if given.get("items"):
             visitor.take([find_item(text, item_ids, titles) for text in given["items"]])
         print_top(visitor, titles)
-    elif sys.stdin.isatty():
+    elif sys.stdin and sys.stdin.isatty():
         session(visitor, item_ids, titles)
     else:
-        for n, line in enumerate(sys.stdin, 1):
+        for n, line in enumerate(sys.stdin or (), 1):
             if line.strip():
                 try:
                     visitor.add(find_item(line, item_ids, titles))
@@ -554,6 +600,7 @@ def disk(lam, radius=10):
 
 
 def inspect_command(given):
+    use_device(DEFAULTS)
     params, extra = load_model(given["model"])
     for k, p in enumerate(lrurec.blocks(params)):
         lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
@@ -672,11 +719,11 @@ def peak_memory():
 
 def bench_command(given):
     config = {**DEFAULTS, **PUBLISHED, **given}
-    lrurec.use_device(config["device"])
+    use_device(config)
     data, rng = load_data(config), np.random.default_rng(0)
     params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
     rows = reader.training_rows(data, config["max_len"])
-    batches = list(reader.batches(rows, config["batch_size"], rng))[:12]
+    batches = list(itertools.islice(reader.batches(rows, config["batch_size"], rng), 12))
     print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {config['threads']} threads, "
           f"{config['device']}; {data.name}, batches of {config['batch_size']} windows of "
           f"{config['max_len']}, dropout {config['dropout']}\n")
@@ -751,33 +798,52 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def number(kind, low, below=float("inf")):
+    """A type for argparse: text -> a number from low on and below `below`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no {'whole ' * (kind is int)}number from {low} on"
+                + f" and below {below:g}" * (below < float("inf")))
+        return value
+    return convert
+
+
+def max_len(text):
+    return None if text == "none" else number(int, 1)(text)
+
+
+def source(text):
+    """A file's path is kept whole: a run may be resumed from another folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"give {', '.join(reader.NAMES)} or the path of a file")
+    return text if text in reader.NAMES else os.path.abspath(text)
+
+
+def folder(text):
+    if not text:
+        raise argparse.ArgumentTypeError("give the path of a folder")
+    return text
+
+
+def columns(text):
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() for part in parts):
+        parts = [str(int(part)) for part in parts]
+    mixed = len({part.isdecimal() for part in parts}) > 1
+    if (len(parts) not in (2, 3) or not all(parts) or len(set(parts)) < len(parts)
+            or mixed or "0" in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give USER,ITEM or USER,ITEM,TIME, all names "
+                                         "or all numbers from 1")
+    return ",".join(parts)
+
+
 def parse_arguments(argv):
     """argv -> command, given: only the flags that were given."""
-    def number(kind, low, high=float("inf"), open_end=False):
-        def convert(text):
-            try:
-                value = kind(text)
-            except ValueError:
-                value = float("nan")
-            if not (low <= value <= high) or (open_end and value == high):
-                raise argparse.ArgumentTypeError(
-                    f"{text!r} is no {'whole ' * (kind is int)}number from {low}"
-                    + (f" to {'below ' * open_end}{high:g}" if high < float("inf") else ""))
-            return value
-        return convert
-
-    def max_len(text):
-        return None if text == "none" else number(int, 1)(text)
-
-    def columns(text):
-        parts = text.split(",")
-        digits = [part.isdecimal() for part in parts]
-        if (len(parts) not in (2, 3) or not all(parts) or len(set(parts)) < len(parts)
-                or any(digits) != all(digits) or digits[0] and "0" in parts):
-            raise argparse.ArgumentTypeError(f"{text!r}: give USER,ITEM or USER,ITEM,TIME, all "
-                                             "names or all numbers from 1")
-        return text
-
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -811,38 +877,52 @@ def parse_arguments(argv):
         for p in parsers:
             p.add_argument(name, help=text + ("" if default in (None, False)
                                               else f" (default {default})"), **options)
-    both = (train, test)
-    add((*both, speed), "--data", "ml-100k, ml-1m or the path of a file of interactions",
-        metavar="DATA")
-    add([train], "--out", "folder of the run (default runs/NAME, runs/NAME-2, ...)", metavar="DIR")
+
+    def add(parsers, name, text, **options):
+        default = DEFAULTS[name[2:].replace("-", "_")]
+        for p in parsers:
+            p.add_argument(name, help=text + ("" if default in (None, False)
+                                              else f" (default {default})"), **options)
+    whole = number(int, 1)
+    add([train, test, speed], "--data", f"{', '.join(reader.NAMES)} or the path of a file of "
+        "interactions", type=source, metavar="DATA")
+    add([train], "--out", "folder of the run (default runs/NAME, runs/NAME-2, ...)", type=folder,
+        metavar="DIR")
     add([train], "--resume", "go on with the run in --out", action="store_true")
-    add([train], "--epochs", "at most so many", type=number(int, 1), metavar="N")
+    add([train], "--epochs", "at most so many", type=whole, metavar="N")
     add([train], "--patience", f"stop after so many epochs without a better validation {BEST}",
-        type=number(int, 1), metavar="N")
+        type=whole, metavar="N")
     add([train], "--seed", "of initial values, order, dropout and random ties",
         type=number(int, 0), metavar="N")
-    add((*both, speed), "--threads", "shards of a batch worked on at once; the result is the same",
-        type=number(int, 1), metavar="N")
-    add((*both, serve, speed), "--device", "cpu, or gpu through CuPy", choices=["cpu", "gpu"])
-    add([train], "--batch-size", "windows", type=number(int, 1), metavar="N")
+    add([train, test, speed], "--threads", "shards of a batch worked on at once; the result is the "
+        "same", type=whole, metavar="N")
+    add([train, test, speed, serve], "--device", "cpu, or gpu through CuPy",
+        choices=["cpu", "gpu"])
+    add([train], "--batch-size", "windows in a batch", type=whole, metavar="N")
     add([train], "--max-len", "events in a window and in an evaluated history, or none",
         type=max_len, metavar="N")
-    add([train], "--dropout", "probability", type=number(float, 0, 1, open_end=True), metavar="P")
+    add([train], "--dropout", "probability", type=number(float, 0, 1), metavar="P")
     add([train], "--lr", "AdamW's step size", type=number(float, 0, 1e3), metavar="X")
     add([train], "--weight-decay", "AdamW's, times lr a step", type=number(float, 0, 1e3),
         metavar="X")
-    add([train], "--d-model", "width D; the state has 2 D, the feed-forward 4 D",
-        type=number(int, 1), metavar="D")
-    add([train], "--n-blocks", "blocks K", type=number(int, 1), metavar="K")
+    add([train], "--d-model", "width D; the state has 2 D, the feed-forward 4 D", type=whole,
+        metavar="D")
+    add([train], "--n-blocks", "blocks K", type=whole, metavar="K")
     add([train], "--min-count", "drop items, then users, with fewer events; 0 keeps all",
         type=number(int, 0), metavar="N")
     add([train], "--ties", "order of a user's events of equal time",
         choices=["item", "file", "random"])
     add([train], "--columns", "USER,ITEM or USER,ITEM,TIME: names in the header, or numbers from 1",
         type=columns, metavar="COLS")
-    if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
-    given = vars(parser.parse_args(argv))
+    given, rest = parser.parse_known_args(argv)
+    given = vars(given)
+    if given["command"] == "recommend" and not any(word.startswith("-") for word in rest):
+        given["items"], rest = [*given.get("items", []), *rest], []
+    if rest:
+        parser.error(f"{rest[0]!r} is none of this command's flags: see train.py "
+                     f"{given['command']} --help")
     return given.pop("command"), given
 
 
@@ -860,6 +940,10 @@ def keep_memory():
 def main(argv=None):
     """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     keep_memory()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):            # text of any alphabet, anywhere
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    command = None
     try:
         command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         return {"train": train_command, "evaluate": evaluate_command,
@@ -869,16 +953,20 @@ def main(argv=None):
         return exit.code or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:                        # the reader of our output has gone: no mistake
+    except BrokenPipeError:                        # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (DataError, RuntimeError) as error:
+        if command != "train":
+            return 0
+        message = "nobody reads the output any more; what was saved is there, go on with --resume"
+    except DataError as error:
         message = error
+    except MemoryError:
+        message = "out of memory: lower --d-model, --n-blocks, --batch-size or --max-len"
     except OSError as error:
         message = (f"{error.filename or 'output'}: {error.strerror or error}: see to the path, its "
                    "permissions and the space on its disk")
     progress("")
-    print(f"train.py: {message}", file=sys.stderr)
+    print("train.py: " + str(message).replace("\n", " "), file=sys.stderr)
     return 2
 
 
