@@ -889,7 +889,8 @@ def test_the_same_events_from_every_format(name, tmp_path):
 
 def test_ids_that_are_numbers_are_ordered_as_numbers():
     for raw, expected in ((["10", "9", "1"], ["1", "9", "10"]),
-                          (["b", "10", "9"], ["10", "9", "b"]), (["10.0", "9.5", "1"], ["1", "9.5", "10.0"])):
+                          (["b", "10", "9"], ["10", "9", "b"]),
+                          (["10.0", "9.5", "1"], ["1", "9.5", "10.0"])):
         events = reader.Events(np.zeros(3, int), np.arange(3), np.arange(3), ["u"], raw)
         assert reader.prepare(events, "toy", min_count=0).item_ids[1:] == expected
 

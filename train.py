@@ -19,6 +19,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
     os.environ[variable] = "1"                     # the threads below share out shards instead
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import itertools
@@ -41,11 +42,7 @@ MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
 
-DEFAULTS = {"data": "ml-100k", "out": None, "resume": False, "epochs": 50, "patience": 15,
-            "seed": 42, "threads": os.cpu_count() or 1, "device": "cpu", "batch_size": 16,
-            "max_len": 200, "dropout": 0.4, "lr": 1e-3, "weight_decay": 0.01, "d_model": 64,
-            "n_blocks": 2, "min_count": 5, "ties": "item", "columns": None}
-# of the paper's code; the bench runs these
+# of the authors' code; the bench runs these
 PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01}
 NOT_SAVED = ("out", "resume", "threads", "device")
 FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
@@ -324,30 +321,26 @@ def print_table(results):
 def choose_folder(config):
     """The run's folder, made here so that no two runs share one: --out, or the first of runs/NAME,
     runs/NAME-2, ... that is not there yet; on --resume the last one that is."""
-    name = os.path.basename(config["data"]).split(".")[0] or "data"
-    numbered = (os.path.join("runs", name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    out, name = config["out"], os.path.basename(config["data"]).split(".")[0] or "data"
+    numbered = (os.path.join("runs", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
     if config["resume"]:
-        folder = config["out"] or [os.path.join("runs", name), *itertools.takewhile(
-            os.path.exists, numbered)][-1]
-        if not (holds(folder, "last.npz") and holds(folder, "model.npz")):
+        folder = out or [name, *itertools.takewhile(os.path.exists, numbered)][-1]
+        if not holds_run(folder):
             raise DataError(f"{folder} holds no run to resume: give its folder with --out")
         return folder
-    for folder in [config["out"]] if config["out"] else numbered:
-        if holds(folder, "last.npz") or holds(folder, "model.npz"):
-            if config["out"]:
-                raise DataError(f"{folder} holds a run: go on with --resume, or choose another "
-                                "--out")
-            continue
-        try:
-            os.makedirs(folder, exist_ok=bool(config["out"]))
+    if out:
+        if holds_run(out):
+            raise DataError(f"{out} holds a run: go on with --resume, or choose another --out")
+        os.makedirs(out, exist_ok=True)
+        return out
+    for folder in numbered:
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(folder)
             return folder
-        except FileExistsError:
-            if config["out"]:
-                raise
 
 
-def holds(folder, name):
-    return os.path.exists(os.path.join(folder, name))
+def holds_run(folder):
+    return all(os.path.exists(os.path.join(folder, f)) for f in ("last.npz", "model.npz"))
 
 
 def train_command(given):
@@ -361,7 +354,7 @@ def train_command(given):
         progress("")
         again = f"python train.py train --resume --out {shlex.quote(folder)}"
         print("\ninterrupted; " + (f"every whole epoch is saved; go on with: {again}"
-                                   if holds(folder, "last.npz") else "nothing was saved yet"),
+                                   if holds_run(folder) else "nothing was saved yet"),
               file=sys.stderr)
         return 130
     finally:
@@ -813,6 +806,14 @@ def number(kind, low, below=float("inf")):
     return convert
 
 
+def one_of(*choices):
+    def convert(text):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+    return convert
+
+
 def max_len(text):
     return None if text == "none" else number(int, 1)(text)
 
@@ -824,7 +825,7 @@ def source(text):
     return text if text in reader.NAMES else os.path.abspath(text)
 
 
-def folder(text):
+def path(text):
     if not text:
         raise argparse.ArgumentTypeError("give the path of a folder")
     return text
@@ -842,78 +843,74 @@ def columns(text):
     return ",".join(parts)
 
 
+N, X = "N", "X"
+FLAGS = {  # name: default, the commands that take it, help, how it is read, its letter
+    "data": ("ml-100k", "train evaluate bench", "ml-100k, ml-1m or the path of a file of "
+             "interactions", source, "DATA"),
+    "out": (None, "train", "folder of the run (default runs/NAME, runs/NAME-2, ...)", path, "DIR"),
+    "resume": (False, "train", "go on with the run in --out, or with the last one", None, None),
+    "epochs": (50, "train", "at most so many", number(int, 1), N),
+    "patience": (15, "train", f"stop after so many epochs without a better validation {BEST}",
+                 number(int, 1), N),
+    "seed": (42, "train", "of initial values, order, dropout and random ties", number(int, 0), N),
+    "threads": (os.cpu_count() or 1, "train evaluate bench", "shards of a batch worked on at once; "
+                "the result is the same", number(int, 1), N),
+    "device": ("cpu", "train evaluate recommend bench", "cpu, or gpu through CuPy",
+               one_of("cpu", "gpu"), "cpu|gpu"),
+    "batch_size": (16, "train", "windows in a batch", number(int, 1), N),
+    "max_len": (200, "train", "events in a window and in an evaluated history, or none", max_len,
+                N),
+    "dropout": (0.4, "train", "probability", number(float, 0, 1), "P"),
+    "lr": (1e-3, "train", "AdamW's step size", number(float, 0, 1e3), X),
+    "weight_decay": (0.01, "train", "AdamW's, times lr a step", number(float, 0, 1e3), X),
+    "d_model": (64, "train", "width D; the state has 2 D, the feed-forward 4 D", number(int, 1),
+                "D"),
+    "n_blocks": (2, "train", "blocks K", number(int, 1), "K"),
+    "min_count": (5, "train", "drop items, then users, with fewer events; 0 keeps all",
+                  number(int, 0), N),
+    "ties": ("item", "train", "order of a user's events of equal time: by item id, as in the file, "
+             "or random", one_of("item", "file", "random"), "item|file|random"),
+    "columns": (None, "train", "USER,ITEM or USER,ITEM,TIME: names in the header, or numbers from "
+                "1", columns, "COLS"),
+}
+DEFAULTS = {name: default for name, (default, *_) in FLAGS.items()}
+COMMANDS = {  # name: what runs it, help, examples
+    "train": (train_command, "train a model (the default command)", [
+        "train --seed 1 --out runs/one", "train --resume --out runs/one --epochs 80",
+        "train --data ratings.csv --columns user,movie,when --max-len none"]),
+    "evaluate": (evaluate_command, "the metric table of a saved model", [
+        "evaluate runs/one/model.npz", "evaluate runs/one/model.npz --data moved.csv"]),
+    "recommend": (recommend_command, "the top 10 for a history, or a session", [
+        'recommend runs/one/model.npz "Star Wars" "Fargo"',
+        "recommend runs/one/model.npz --new-user", "recommend runs/one/model.npz"]),
+    "inspect": (inspect_command, "eigenvalues, half-lives and parameter counts of a saved model", [
+        "inspect runs/one/model.npz"]),
+    "bench": (bench_command, "the speed of all of it, next to its floor, in under two minutes", [
+        "bench", "bench --threads 1", "bench --device gpu --data ml-1m"]),
+}
+
+
 def parse_arguments(argv):
     """argv -> command, given: only the flags that were given."""
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, text, *examples):
-        return commands.add_parser(
-            name, help=text, argument_default=argparse.SUPPRESS, description=text,
-            epilog="\n".join(["for example:", *(f"  python train.py {e}" for e in examples)]),
-            formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    train = command("train", "train a model (the default command)", "train --seed 1 --out runs/one",
-                    "train --data ratings.csv --columns user,movie,when --max-len none",
-                    "train --resume --out runs/one --epochs 300")
-    test = command("evaluate", "the metric table of a saved model, on validation and test",
-                   "evaluate runs/one/model.npz", "evaluate runs/one/model.npz --data moved.csv")
-    serve = command("recommend", "the top 10 for a history, or a session, one event at a time",
-                    'recommend runs/one/model.npz "Star Wars" "Fargo"',
-                    "recommend runs/one/model.npz --new-user", "recommend runs/one/model.npz")
-    look = command("inspect", "eigenvalues, half-lives and parameter counts of a saved model",
-                   "inspect runs/one/model.npz")
-    speed = command("bench", "the speed of all of it, next to its floor, in under two minutes",
-                    "bench", "bench --threads 1", "bench --device gpu --data ml-1m")
-    for p in (test, serve, look):
-        p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
-    serve.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; "
-                       "none: a session on a terminal, one item a line from a pipe")
-    serve.add_argument("--new-user", action="store_true", help="what to show without a history")
-
-    def add(parsers, name, text, **options):
-        default = DEFAULTS[name[2:].replace("-", "_")]
-        for p in parsers:
-            p.add_argument(name, help=text + ("" if default in (None, False)
-                                              else f" (default {default})"), **options)
-
-    def add(parsers, name, text, **options):
-        default = DEFAULTS[name[2:].replace("-", "_")]
-        for p in parsers:
-            p.add_argument(name, help=text + ("" if default in (None, False)
-                                              else f" (default {default})"), **options)
-    whole = number(int, 1)
-    add([train, test, speed], "--data", f"{', '.join(reader.NAMES)} or the path of a file of "
-        "interactions", type=source, metavar="DATA")
-    add([train], "--out", "folder of the run (default runs/NAME, runs/NAME-2, ...)", type=folder,
-        metavar="DIR")
-    add([train], "--resume", "go on with the run in --out", action="store_true")
-    add([train], "--epochs", "at most so many", type=whole, metavar="N")
-    add([train], "--patience", f"stop after so many epochs without a better validation {BEST}",
-        type=whole, metavar="N")
-    add([train], "--seed", "of initial values, order, dropout and random ties",
-        type=number(int, 0), metavar="N")
-    add([train, test, speed], "--threads", "shards of a batch worked on at once; the result is the "
-        "same", type=whole, metavar="N")
-    add([train, test, speed, serve], "--device", "cpu, or gpu through CuPy",
-        choices=["cpu", "gpu"])
-    add([train], "--batch-size", "windows in a batch", type=whole, metavar="N")
-    add([train], "--max-len", "events in a window and in an evaluated history, or none",
-        type=max_len, metavar="N")
-    add([train], "--dropout", "probability", type=number(float, 0, 1), metavar="P")
-    add([train], "--lr", "AdamW's step size", type=number(float, 0, 1e3), metavar="X")
-    add([train], "--weight-decay", "AdamW's, times lr a step", type=number(float, 0, 1e3),
-        metavar="X")
-    add([train], "--d-model", "width D; the state has 2 D, the feed-forward 4 D", type=whole,
-        metavar="D")
-    add([train], "--n-blocks", "blocks K", type=whole, metavar="K")
-    add([train], "--min-count", "drop items, then users, with fewer events; 0 keeps all",
-        type=number(int, 0), metavar="N")
-    add([train], "--ties", "order of a user's events of equal time",
-        choices=["item", "file", "random"])
-    add([train], "--columns", "USER,ITEM or USER,ITEM,TIME: names in the header, or numbers from 1",
-        type=columns, metavar="COLS")
+    for name, (_, text, examples) in COMMANDS.items():
+        p = commands.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n  ".join(["for example:", *(f"python train.py {e}" for e in examples)]))
+        if name in ("evaluate", "recommend", "inspect"):
+            p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
+        if name == "recommend":
+            p.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest "
+                           "first; none: a session on a terminal, one item a line from a pipe")
+            p.add_argument("--new-user", action="store_true", help="what to show without a history")
+        for flag, (default, takers, text, kind, letter) in FLAGS.items():
+            if name in takers.split():
+                text += "" if default in (None, False) else f" (default {default})"
+                how = {"type": kind, "metavar": letter} if kind else {"action": "store_true"}
+                p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
     given, rest = parser.parse_known_args(argv)
@@ -946,9 +943,7 @@ def main(argv=None):
     command = None
     try:
         command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return {"train": train_command, "evaluate": evaluate_command,
-                "recommend": recommend_command, "inspect": inspect_command,
-                "bench": bench_command}[command](given)
+        return COMMANDS[command][0](given)
     except SystemExit as exit:
         return exit.code or 0
     except KeyboardInterrupt:
