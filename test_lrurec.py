@@ -684,6 +684,10 @@ def test_rows_without_a_target_carry_no_loss():
     logits += params["output_bias"]
     by_hand = [np.log(np.exp(logits[n]).sum()) - logits[n, targets[n]] for n in (0, 2)]
     assert loss == pytest.approx(np.mean(by_hand), rel=1e-12)
+    for n in (0, 2):
+        loss, _ = lrurec.loss_and_grads(params, items, np.where(np.arange(4) == n, targets, 0),
+                                        starts)
+        assert loss == pytest.approx(by_hand[n // 2], rel=1e-12), "one target is its own mean"
     loss, grads = lrurec.loss_and_grads(params, items, 0 * items, starts)
     assert loss == 0 and not any(g.any() for g in grads.values())
 
