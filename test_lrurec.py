@@ -1467,6 +1467,8 @@ def test_every_command_in_the_readme_parses():
         if words[1] in programs:
             programs[words[1]] += 1
     assert min(programs.values()) > 2
+    shown = " ".join(commands)
+    assert not [name for name in train.FLAGS if "--" + name.replace("_", "-") not in shown]
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "recommend", "inspect", "bench"])
