@@ -1134,6 +1134,20 @@ def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
         assert [h["loss"] for h in extra["history"]] == [h["loss"] for h in last[0][1]["history"]]
 
 
+def test_the_schedule(tmp_path):
+    for schedule, expected in (("constant", [2, 2, 2]), ("cosine", [2, 1, 0])):
+        config = {"lr": 2.0, "schedule": schedule}
+        found = [train.learning_rate(config, done) for done in (0, 0.5, 1)]
+        assert found == pytest.approx(expected)
+    file = toy_file(tmp_path / "toy.csv")
+    assert run("--data", file, "--out", tmp_path / "r", "--epochs", 3, *TINY, "--schedule",
+               "cosine") == 0
+    losses = [h["loss"] for h in json.loads((tmp_path / "r/metrics.json").read_text())["history"]]
+    assert run("--data", file, "--out", tmp_path / "c", "--epochs", 3, *TINY) == 0
+    other = [h["loss"] for h in json.loads((tmp_path / "c/metrics.json").read_text())["history"]]
+    assert losses != other and losses[-1] < losses[0]
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     file, steps = toy_file(tmp_path / "toy.csv"), []
     real_step = train.train_step

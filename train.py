@@ -193,7 +193,8 @@ def fit(data, config, folder, pool, run=None):
         begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
         rng = np.random.default_rng([config["seed"], epoch])
         for n, batch in enumerate(reader.batches(rows, config["batch_size"], rng), 1):
-            losses.append(train_step(params, opt, batch, config, pool))
+            lr = learning_rate(config, opt["step"] / (n_batches * config["epochs"]))
+            losses.append(train_step(params, opt, batch, {**config, "lr": lr}, pool))
             done = (n + n_batches * (epoch - 1)) / (n_batches * config["epochs"])
             spent = run["seconds"] + time.perf_counter() - begin
             progress(f"epoch {epoch}/{config['epochs']}  batch {n}/{n_batches}  "
@@ -223,6 +224,12 @@ def fit(data, config, folder, pool, run=None):
         print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  {result}{' *' if star else '  '}"
               f"  {seconds:.1f} s", flush=True)
     return run
+
+
+def learning_rate(config, done):
+    """The step size after a fraction `done` of --epochs: --lr, or half a cosine from it to 0."""
+    cosine = config["schedule"] == "cosine"
+    return config["lr"] * (0.5 * (1 + np.cos(np.pi * done)) if cosine else 1)
 
 
 def finite(params):
@@ -862,6 +869,8 @@ FLAGS = {  # name: default, the commands that take it, help, how it is read, its
                 N),
     "dropout": (0.5, "train", "probability", number(float, 0, 1), "P"),
     "lr": (2e-3, "train", "AdamW's step size", number(float, 0, 1e3), X),
+    "schedule": ("constant", "train", "of the step size over --epochs: constant, or half a cosine "
+                 "to 0", one_of("constant", "cosine"), "constant|cosine"),
     "weight_decay": (0.01, "train", "AdamW's, times lr a step", number(float, 0, 1e3), X),
     "d_model": (64, "train", "width D; the state has 2 D, the feed-forward 4 D", number(int, 1),
                 "D"),
