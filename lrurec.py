@@ -571,6 +571,10 @@ def backward(dhidden, caches):
     return grads
 
 
+def rows_per_chunk(E):
+    return max(16, LOGITS_PER_CHUNK // len(E))
+
+
 def output_loss(hidden, E, output_bias, targets):
     """Mean cross-entropy of logits = hidden E^T + output_bias over the rows with a target.
 
@@ -582,7 +586,7 @@ def output_loss(hidden, E, output_bias, targets):
     weights /= xp.maximum(weights.sum(), 1)
     loss, dhidden = 0, xp.empty_like(hidden)
     dE, doutput_bias = xp.zeros_like(E), xp.zeros_like(output_bias)
-    n_rows = max(16, LOGITS_PER_CHUNK // len(E))
+    n_rows = rows_per_chunk(E)
     for n in range(0, len(hidden), n_rows):
         rows = slice(n, n + n_rows)
         logits = hidden[rows] @ E.T                # (rows, D) -> (rows, V+1)

@@ -278,9 +278,12 @@ def load_model(path, keys=("epoch", "item_ids", "titles"),
     if not missing:
         try:
             n_items = len(params["item_embedding"]) - 1
-            wanted = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"])
-            missing = [f"{name} of shape {p.shape}" for name, p in wanted.items()
-                       if name not in params or params[name].shape != p.shape]
+            none = lrurec.init_params(0, config["d_model"], n_blocks=config["n_blocks"])
+            shapes = {name: p.shape for name, p in none.items()}
+            for name in ("item_embedding", "output_bias"):        # one row for each item
+                shapes[name] = (n_items + 1, *shapes[name][1:])
+            missing = [f"{name} of shape {shape}" for name, shape in shapes.items()
+                       if name not in params or params[name].shape != shape]
             missing += ["finite numbers"] * (not missing and not finite(params))
             missing += [f"{n_items} {key}" for key in ("item_ids", "titles")
                         if key in keys and len(extra[key]) != n_items + 1]
@@ -331,7 +334,8 @@ def choose_folder(config):
     out, name = config["out"], os.path.basename(config["data"]).split(".")[0] or "data"
     numbered = (os.path.join("runs", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
     if config["resume"]:
-        folder = out or [name, *itertools.takewhile(os.path.exists, numbered)][-1]
+        folder = out or [os.path.join("runs", name),
+                         *itertools.takewhile(os.path.exists, numbered)][-1]
         if not holds_run(folder):
             raise DataError(f"{folder} holds no run to resume: give its folder with --out")
         return folder
@@ -665,7 +669,7 @@ def floor(params, batch, pool):
             for wide, M in ((h, B), (f, W)):       # there and back: (N, D) -> (N, wide) -> (N, D)
                 for _ in range(2):
                     x @ M, wide @ M.T, x.T @ wide
-        n_rows = max(16, lrurec.LOGITS_PER_CHUNK // len(E))
+        n_rows = lrurec.rows_per_chunk(E)
         for k in range(0, n, n_rows):
             logits = x[k:k + n_rows] @ E.T
             logits @ E, x[k:k + n_rows].T @ logits
@@ -850,33 +854,32 @@ def columns(text):
     return ",".join(parts)
 
 
-N, X = "N", "X"
 FLAGS = {  # name: default, the commands that take it, help, how it is read, its letter
     "data": ("ml-100k", "train evaluate bench", "ml-100k, ml-1m or the path of a file of "
              "interactions", source, "DATA"),
     "out": (None, "train", "folder of the run (default runs/NAME, runs/NAME-2, ...)", path, "DIR"),
     "resume": (False, "train", "go on with the run in --out, or with the last one", None, None),
-    "epochs": (50, "train", "at most so many", number(int, 1), N),
+    "epochs": (50, "train", "at most so many", number(int, 1), "N"),
     "patience": (15, "train", f"stop after so many epochs without a better validation {BEST}",
-                 number(int, 1), N),
-    "seed": (42, "train", "of initial values, order, dropout and random ties", number(int, 0), N),
+                 number(int, 1), "N"),
+    "seed": (42, "train", "of initial values, order, dropout and random ties", number(int, 0), "N"),
     "threads": (os.cpu_count() or 1, "train evaluate bench", "shards of a batch worked on at once; "
-                "the result is the same", number(int, 1), N),
+                "the result is the same", number(int, 1), "N"),
     "device": ("cpu", "train evaluate recommend bench", "cpu, or gpu through CuPy",
                one_of("cpu", "gpu"), "cpu|gpu"),
-    "batch_size": (16, "train", "windows in a batch", number(int, 1), N),
+    "batch_size": (16, "train", "windows in a batch", number(int, 1), "N"),
     "max_len": (200, "train", "events in a window and in an evaluated history, or none", max_len,
-                N),
+                "N"),
     "dropout": (0.5, "train", "probability", number(float, 0, 1), "P"),
-    "lr": (2e-3, "train", "AdamW's step size", number(float, 0, 1e3), X),
+    "lr": (2e-3, "train", "AdamW's step size", number(float, 0, 1e3), "X"),
     "schedule": ("constant", "train", "of the step size over --epochs: constant, or half a cosine "
                  "to 0", one_of("constant", "cosine"), "constant|cosine"),
-    "weight_decay": (0.01, "train", "AdamW's, times lr a step", number(float, 0, 1e3), X),
+    "weight_decay": (0.01, "train", "AdamW's, times lr a step", number(float, 0, 1e3), "X"),
     "d_model": (64, "train", "width D; the state has 2 D, the feed-forward 4 D", number(int, 1),
                 "D"),
     "n_blocks": (2, "train", "blocks K", number(int, 1), "K"),
     "min_count": (5, "train", "drop items, then users, with fewer events; 0 keeps all",
-                  number(int, 0), N),
+                  number(int, 0), "N"),
     "ties": ("item", "train", "order of a user's events of equal time: by item id, as in the file, "
              "or random", one_of("item", "file", "random"), "item|file|random"),
     "columns": (None, "train", "USER,ITEM or USER,ITEM,TIME: names in the header, or numbers from "
