@@ -135,12 +135,13 @@ def baseline_scorers(data):
 # Training
 
 def shards(items, targets, starts):
-    """Cut a batch at walls into shards of about SHARD_ROWS rows (one on a GPU)."""
-    n_shards = 1 if lrurec.xp is not np else max(2, round(len(items) / SHARD_ROWS))
+    """Cut a batch at walls into an even number of shards of about SHARD_ROWS rows, to go in pairs
+    (on a GPU one)."""
+    n_shards = 1 if lrurec.xp is not np else 2 * max(1, round(len(items) / SHARD_ROWS / 2))
     walls = np.flatnonzero(starts)
     wanted = len(items) * np.arange(1, n_shards) / n_shards
-    cuts = np.unique(np.append(walls, len(items))[np.searchsorted(walls, wanted)])
-    cuts = cuts[(0 < cuts) & (cuts < len(items))]
+    cuts = np.unique(walls[abs(walls[:, None] - wanted).argmin(0)])
+    cuts = cuts[0 < cuts]
     return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
 
 
@@ -161,8 +162,9 @@ def train_step(params, opt, batch, config, pool):
             g *= weight
         return weight * loss, grads
 
-    (loss, total), *others = pool.map(run, range(len(parts)))
-    for other_loss, grads in others:
+    results = pool.map(run, range(len(parts)))     # summed up as they come
+    loss, total = next(results)
+    for other_loss, grads in results:
         loss = loss + other_loss
         for name, g in grads.items():
             total[name] += g
@@ -740,16 +742,15 @@ def bench_command(given):
 def bench_step(params, batches, config):
     opt = lrurec.adamw_init(params)
     with ThreadPoolExecutor(config["threads"]) as pool:
-        def seconds(work):
+        def seconds(work, *args):
             begin = time.perf_counter()
-            for batch in batches:
-                work(batch)
+            work(*args, pool)
             wait_for_device()
             return time.perf_counter() - begin
 
-        pairs = [(seconds(lambda batch: train_step(params, opt, batch, config, pool)),
-                  seconds(lambda batch: floor(params, batch, pool))) for _ in range(6)]
-    steps, floors = np.array(pairs[1:]).T                         # the first pair warms up
+        pairs = [[(seconds(train_step, params, opt, batch, config),
+                   seconds(floor, params, batch)) for batch in batches] for _ in range(6)]
+    steps, floors = np.array(pairs[1:]).sum(1).T                  # the first round warms up
     events = sum(len(items) for items, _, _ in batches)
     print(f"training step    {np.median(steps) / len(batches) * 1e3:8.1f} ms   its matrix products "
           f"alone {np.median(floors) / len(batches) * 1e3:.1f} ms   ratio "
@@ -944,6 +945,7 @@ def keep_memory():
         return
     mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
     mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
+    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap for all threads
 
 
 def main(argv=None):
