@@ -18,9 +18,11 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # small products: threads only wait
@@ -1132,7 +1134,7 @@ def test_a_whole_tiny_run(tmp_path, capsys):
     assert "holds a run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("n_rows, n_parts", [(1500, 2), (7500, 2), (11500, 4), (30000, 10)])
+@pytest.mark.parametrize("n_rows, n_parts", [(1500, 2), (2900, 2), (7500, 8), (11500, 12)])
 def test_shards_are_cut_at_the_walls_nearest_to_equal_parts(n_rows, n_parts):
     rng = np.random.default_rng(n_rows)
     items, targets, starts = np.arange(n_rows), rng.integers(9, size=n_rows), np.zeros(n_rows, bool)
@@ -1149,11 +1151,72 @@ def test_shards_are_cut_at_the_walls_nearest_to_equal_parts(n_rows, n_parts):
     assert len(train.shards(items, targets, one_user)) == 1
 
 
+@pytest.mark.parametrize("n, can_fork", [(1, True), (2, True), (3, True), (2, False)])
+def test_workers_answer_in_order_and_see_shared_arrays_change(monkeypatch, n, can_fork):
+    monkeypatch.setattr(train, "CAN_FORK", can_fork and train.CAN_FORK)
+    common = train.shared({"x": np.ones((2, 3)), "z": np.ones(5, np.complex64)})
+    assert common["x"].shape == (2, 3) and common["z"].dtype == np.complex64
+
+    def work(task):
+        if task == 9:
+            raise ValueError("nine")
+        common["z"][task % 5] = task
+        return task + common["x"][0, 0]
+
+    with train.workers(work, n) as call:
+        for offset in (0, 100):
+            common["x"][...] = offset
+            assert list(call(range(9))) == [k + offset for k in range(9)]
+            assert (common["z"] == [5, 6, 7, 8, 4]).all() and not common["z"].imag.any()
+        with pytest.raises(ValueError, match="nine"):
+            list(call(range(7, 12)))
+
+
+def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(tmp_path, capsys, monkeypatch):
+    if not train.CAN_FORK:
+        pytest.skip("no processes here")
+    parent = os.getpid()
+    monkeypatch.setattr(lrurec, "loss_and_grads",
+                        lambda *args: os.getpid() != parent and os.kill(os.getpid(), 9))
+    assert run("--data", toy_file(tmp_path / "toy.csv"), "--out", tmp_path / "r", *TINY,
+               "--threads", 2) == 2
+    error = capsys.readouterr().err
+    assert "out of memory" in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("name, code, n_lines", [("SIGINT", 130, 2), ("SIGKILL", -9, 0)])
+def test_no_worker_outlives_the_program(tmp_path, name, code, n_lines):
+    if not train.CAN_FORK:
+        pytest.skip("no processes here")
+    file, here = toy_file(tmp_path / "toy.csv", 400), os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, "train.py", "--data", file, "--epochs", "1000", "--patience", "1000",
+               "--threads", "2", *TINY, "--out", str(tmp_path / "r")]
+    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, start_new_session=True) as process:
+        while not process.stdout.readline().startswith("epoch"):
+            pass
+        time.sleep(0.2)                            # amid the second epoch
+        if name == "SIGINT":                       # Ctrl-C reaches the workers too
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
+        _, error = process.communicate(timeout=10)
+    assert (process.returncode, error.count("\n")) == (code, n_lines), error
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    assert False, "a worker is still there"
+
+
 def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SHARD_ROWS", 20)
     file = toy_file(tmp_path / "toy.csv")
     last = []
-    for name, threads in (("a", 1), ("b", 3)):
+    for name, threads, can_fork in (("a", 1, True), ("b", 3, True), ("d", 2, False)):
+        monkeypatch.setattr(train, "CAN_FORK", can_fork and train.CAN_FORK)
         assert run("--data", file, "--out", tmp_path / name, "--epochs", 4, "--threads", threads,
                    *TINY) == 0
         last.append(lrurec.load(tmp_path / name / "last.npz"))
@@ -1448,7 +1511,7 @@ def test_bench_measures_what_it_says_and_leaves_the_model_alone(tmp_path, capsys
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
     file, here = toy_file(tmp_path / "toy.csv"), os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "train.py", "--data", file, "--epochs", "40", "--patience", "99",
-               "--threads", "1", *TINY, "--out"]
+               "--threads", "2", *TINY, "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], cwd=here, check=True, capture_output=True)
     out = tmp_path / "killed"
     for epochs_before in (1, 12, 25):              # kill -9, somewhere in the epoch after these
@@ -1607,8 +1670,8 @@ class StandIn:
 
     def __init__(self):
         for name in ("append arange ascontiguousarray concatenate cumsum empty empty_like exp "
-                     "flatnonzero full isfinite log maximum minimum ones ones_like roll sqrt stack "
-                     "tanh vdot where zeros zeros_like").split():
+                     "flatnonzero full isfinite log maximum minimum multiply ones ones_like roll "
+                     "sqrt stack tanh vdot where zeros zeros_like").split():
             setattr(self, name, on_device(getattr(np, name)))
 
     def ElementwiseKernel(self, inputs, outputs, body, name):
@@ -1637,8 +1700,8 @@ def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
     opt, config = lrurec.adamw_init(device), {**train.DEFAULTS, "dropout": 0.3}
     DeviceArray.reads = 0
     loss, grads = lrurec.loss_and_grads(device, *batch)
-    with train.ThreadPoolExecutor(1) as pool:
-        train.train_step({n: p.copy() for n, p in device.items()}, opt, batch, config, pool)
+    with train.gradient_workers(device, config) as (params_d, gradients):
+        train.train_step(params_d, opt, batch, config, gradients)
     assert DeviceArray.reads == 0, "each wait for the card costs more than the step's kernels"
     hidden, state = lrurec.encode(device, batch[0], batch[2], return_state=True)
     x, stepped = lrurec.step(device, state, np.arange(1, 1 + state.shape[1]))

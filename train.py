@@ -16,19 +16,24 @@ import os
 
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                  "VECLIB_MAXIMUM_THREADS"):
-    os.environ[variable] = "1"                     # the threads below share out shards instead
+    os.environ[variable] = "1"                     # the workers below share out shards instead
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import difflib
 import itertools
 import json
+import mmap
+import multiprocessing
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 
@@ -36,7 +41,7 @@ import data as reader
 import lrurec
 from data import DataError
 
-SHARD_ROWS = 3000             # a batch is cut into shards of about so many rows
+SHARD_ROWS = 1000             # a batch is cut into shards of about so many rows
 GROUP_ROWS = 2048             # as many at once in the evaluation
 MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
@@ -46,6 +51,70 @@ BEST = "Recall@10"            # on validation: picks the epoch that is kept
 PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01}
 NOT_SAVED = ("out", "resume", "threads", "device")
 FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
+
+
+# ---------------------------------------------------------------------------------------------
+# Workers
+
+CAN_FORK = sys.platform == "linux"                 # elsewhere it is missing, or not safe
+AHEAD = 2                                          # tasks begun, for each worker
+
+
+@contextlib.contextmanager
+def workers(function, n):
+    """Yield a map for function: tasks (a list) -> the results in order, from n processes.
+
+    Processes, since a thread needs the interpreter's one lock between any two NumPy calls, and
+    waiting for it takes longer than a small call. They are forked: function and all that it
+    refers to are there as they were then; only arrays made by `shared` stay common. Where that
+    cannot be done: threads. Task k + AHEAD n begins when result k has been taken.
+    """
+    if n == 1:
+        yield lambda tasks: map(function, tasks)
+        return
+    if CAN_FORK:
+        pool, work = ProcessPoolExecutor(n, multiprocessing.get_context("fork"),
+                                         begin_work, (function,)), do_work
+    else:
+        pool, work = ThreadPoolExecutor(n), function
+
+    def in_order(tasks):
+        futures = collections.deque()
+        for task in tasks:
+            if len(futures) == AHEAD * n:
+                yield futures.popleft().result()
+            futures.append(pool.submit(work, task))
+        while futures:
+            yield futures.popleft().result()
+
+    with pool:
+        yield in_order
+
+
+def begin_work(function):
+    """In a forked process: Ctrl-C is for the parent; with the parent, this process ends too."""
+    global do_work_on
+    do_work_on = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def do_work(task):
+    return do_work_on(task)
+
+
+def shared(arrays):
+    """Zeros of the shapes and types of a dict of arrays, which processes forked later have in
+    common. (On a GPU one process does all the work.)"""
+    if lrurec.xp is not np:
+        return {name: lrurec.xp.zeros_like(array) for name, array in arrays.items()}
+    memory = mmap.mmap(-1, sum(array.nbytes for array in arrays.values()) + 64 * len(arrays))
+    zeros, begin = {}, 0
+    for name, array in arrays.items():
+        zeros[name] = np.frombuffer(memory, array.dtype, array.size, begin).reshape(array.shape)
+        begin += -(-array.nbytes // 64) * 64       # each from a new cache line on
+    return zeros
 
 
 # ---------------------------------------------------------------------------------------------
@@ -75,8 +144,9 @@ def metrics(rank):
     return {**table, "MRR": float((1 / (rank + 1)).mean())}
 
 
-def evaluate(scorer, data, split, max_len=None, pool=None):
-    """Metrics of scorer(list of histories) -> scores (users, V+1) on "validation" or "test"."""
+def evaluate(scorer, data, split, max_len=None, n=1):
+    """Metrics of scorer(list of histories) -> scores (users, V+1) on "validation" or "test", by n
+    workers."""
     seen, truth = reader.histories(data, split, max_len)
     if not len(truth):
         return None
@@ -93,7 +163,8 @@ def evaluate(scorer, data, split, max_len=None, pool=None):
         history = [seen[user] for user in group]
         return ranks(scorer(history), history, truth[group])
 
-    return metrics(np.concatenate(list((pool.map if pool else map)(group_ranks, groups))))
+    with workers(group_ranks, n) as call:
+        return metrics(np.concatenate(list(call(groups))))
 
 
 def model_scorer(params):
@@ -145,87 +216,120 @@ def shards(items, targets, starts):
     return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
 
 
-def train_step(params, opt, batch, config, pool):
-    """One AdamW step on a batch -> its mean loss.
+@contextlib.contextmanager
+def gradient_workers(params, config):
+    """Yield params, a copy whose changes all workers see, and a function gradients: a batch, the
+    step's number -> the batch's mean loss, its gradients.
 
-    The shards, their random streams and the order of the sums depend on the batch alone, so that
-    the result does not depend on how many threads ran them.
+    The shards, their random streams and the order of the sums depend on batch and step alone, so
+    that the result does not depend on how many workers there are.
     """
-    parts = shards(*batch)
-    n_targets = sum(np.count_nonzero(part[1]) for part in parts)
+    n, originals = n_workers(config), params
+    params, *slots = (shared(originals) for _ in range(1 + AHEAD * n))    # a slot: one shard's
+    for name, p in originals.items():                                     # gradients
+        params[name][...] = p
 
-    def run(shard):
-        rng = np.random.default_rng([config["seed"], opt["step"], shard])
-        loss, grads = lrurec.loss_and_grads(params, *parts[shard], config["dropout"], rng)
-        weight = np.count_nonzero(parts[shard][1]) / n_targets
-        for g in grads.values():
-            g *= weight
-        return weight * loss, grads
-
-    results = pool.map(run, range(len(parts)))     # summed up as they come
-    loss, total = next(results)
-    for other_loss, grads in results:
-        loss = loss + other_loss
+    def shard_loss(task):
+        slot, seed, weight, shard = task
+        rng = np.random.default_rng(seed)
+        loss, grads = lrurec.loss_and_grads(params, *shard, config["dropout"], rng)
         for name, g in grads.items():
-            total[name] += g
-    lrurec.clip_gradients(total, MAX_NORM)
-    lrurec.adamw_update(params, total, opt, config["lr"], config["weight_decay"])
+            lrurec.xp.multiply(g, weight, out=slots[slot][name])
+        return weight * loss
+
+    with workers(shard_loss, n) as call:
+        def gradients(batch, step):
+            parts = shards(*batch)
+            weights = np.array([np.count_nonzero(targets) for _, targets, _ in parts])
+            weights = weights / weights.sum()
+            tasks = [(k % len(slots), [config["seed"], step, k], float(weights[k]), parts[k])
+                     for k in range(len(parts))]
+            loss, total = 0, None
+            for (slot, *_), shard_loss in zip(tasks, call(tasks)):
+                loss = loss + shard_loss
+                if total is None:
+                    total = {name: g.copy() for name, g in slots[slot].items()}
+                else:
+                    for name, g in slots[slot].items():
+                        total[name] += g
+            return loss, total
+        yield params, gradients
+
+
+def n_workers(config):
+    return config["threads"] if lrurec.xp is np else 1
+
+
+def train_step(params, opt, batch, config, gradients):
+    """One AdamW step on a batch -> its mean loss."""
+    loss, grads = gradients(batch, opt["step"])
+    lrurec.clip_gradients(grads, MAX_NORM)
+    lrurec.adamw_update(params, grads, opt, config["lr"], config["weight_decay"])
     return loss
 
 
-def fit(data, config, folder, pool, run=None):
+def fit(data, config, folder, run=None):
     """Train until patience or epochs run out -> run, the state of the training.
 
     config: as DEFAULTS. run: what `read_run` returned, to go on from there. After every epoch
     folder holds model.npz (the best epoch) and last.npz (all that going on needs).
     """
     rows = reader.training_rows(data, config["max_len"])
-    if run is None:
-        params = lrurec.init_params(len(data.item_ids) - 1, config["d_model"],
-                                    n_blocks=config["n_blocks"],
-                                    rng=np.random.default_rng(config["seed"]))
-        run = {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
-               "best": None, "history": []}
-    params, opt = run["params"], run["opt"]
-    n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
+    run = run or new_run(len(data.item_ids) - 1, config)
     while run["epoch"] < config["epochs"]:
         best = run["best"]
         if best and best["validation"] and run["epoch"] - best["epoch"] >= config["patience"]:
             break
-        begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
-        rng = np.random.default_rng([config["seed"], epoch])
+        fit_epoch(data, rows, config, folder, run)
+    return run
+
+
+def new_run(n_items, config):
+    params = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"],
+                                rng=np.random.default_rng(config["seed"]))
+    return {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
+            "best": None, "history": []}
+
+
+def fit_epoch(data, rows, config, folder, run):
+    """One more epoch of run: its steps, its validation, its files and its line."""
+    opt, best = run["opt"], run["best"]
+    begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
+    n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
+    rng = np.random.default_rng([config["seed"], epoch])
+    with gradient_workers(run["params"], config) as (params, gradients):
         for n, batch in enumerate(reader.batches(rows, config["batch_size"], rng), 1):
             lr = learning_rate(config, opt["step"] / (n_batches * config["epochs"]))
-            losses.append(train_step(params, opt, batch, {**config, "lr": lr}, pool))
+            losses.append(train_step(params, opt, batch, {**config, "lr": lr}, gradients))
             done = (n + n_batches * (epoch - 1)) / (n_batches * config["epochs"])
             spent = run["seconds"] + time.perf_counter() - begin
             progress(f"epoch {epoch}/{config['epochs']}  batch {n}/{n_batches}  "
                      f"at most {spent / done - spent:.0f} s to go")
-        losses = lrurec.to_host(lrurec.xp.stack([lrurec.xp.asarray(loss) for loss in losses]))
-        if not finite(params):
-            losses[-1] = np.nan                    # the last step broke them
-        if not np.isfinite(losses).all():
-            batch = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
-            raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr; "
-                            f"{folder} keeps the {epoch - 1} epochs before")
-        validation = evaluate(model_scorer(params), data, "validation", config["max_len"], pool)
-        value = validation and validation[BEST]    # None: there is no user to validate on
-        star = value is None or best is None or value > best["validation"][BEST]
-        seconds = time.perf_counter() - begin
-        run["epoch"], run["seconds"] = epoch, run["seconds"] + seconds
-        run["history"].append({"epoch": epoch, "loss": float(losses.mean()), BEST: value,
-                               "seconds": seconds})
-        if star:
-            run["best"] = {"epoch": epoch, "validation": validation}
-            lrurec.save(os.path.join(folder, "model.npz"), params, config=saved(config),
-                        epoch=epoch, digest=data.digest, item_ids=data.item_ids,
-                        titles=data.titles)
-        write_run(folder, run, config, data)
-        progress("")
-        result = "no user to validate on" if value is None else f"validation {BEST} {value:.4f}"
-        print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  {result}{' *' if star else '  '}"
-              f"  {seconds:.1f} s", flush=True)
-    return run
+    run["params"] = params
+    losses = lrurec.to_host(lrurec.xp.stack([lrurec.xp.asarray(loss) for loss in losses]))
+    if not finite(params):
+        losses[-1] = np.nan                        # the last step broke them
+    if not np.isfinite(losses).all():
+        batch = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
+        raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr; "
+                        f"{folder} keeps the {epoch - 1} epochs before")
+    validation = evaluate(model_scorer(params), data, "validation", config["max_len"],
+                          n_workers(config))
+    value = validation and validation[BEST]        # None: there is no user to validate on
+    star = value is None or best is None or value > best["validation"][BEST]
+    seconds = time.perf_counter() - begin
+    run["epoch"], run["seconds"] = epoch, run["seconds"] + seconds
+    run["history"].append({"epoch": epoch, "loss": float(losses.mean()), BEST: value,
+                           "seconds": seconds})
+    if star:
+        run["best"] = {"epoch": epoch, "validation": validation}
+        lrurec.save(os.path.join(folder, "model.npz"), params, config=saved(config),
+                    epoch=epoch, digest=data.digest, item_ids=data.item_ids, titles=data.titles)
+    write_run(folder, run, config, data)
+    progress("")
+    result = "no user to validate on" if value is None else f"validation {BEST} {value:.4f}"
+    print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  {result}{' *' if star else '  '}"
+          f"  {seconds:.1f} s", flush=True)
 
 
 def learning_rate(config, done):
@@ -397,15 +501,15 @@ def train_in(folder, config, given):
           f"{numbers['events']:,} events; {data.layout}ties by {config['ties']}; run in {folder}",
           flush=True)
     max_len = config["max_len"]
-    with ThreadPoolExecutor(config["threads"]) as pool, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)           # fit reports what matters
-        run = fit(data, config, folder, pool, run)
+        run = fit(data, config, folder, run)
         params, extra = load_model(os.path.join(folder, "model.npz"))
         if extra["epoch"] != run["best"]["epoch"]:                # killed between the two files
             raise DataError(f"{folder}/model.npz is of epoch {extra['epoch']}, and last.npz ends "
                             f"before it: resume with --epochs {extra['epoch']} or more")
-        test = evaluate(model_scorer(params), data, "test", max_len, pool)
-        baselines = {name: evaluate(scorer, data, "test", max_len, pool)
+        test = evaluate(model_scorer(params), data, "test", max_len, n_workers(config))
+        baselines = {name: evaluate(scorer, data, "test", max_len)
                      for name, scorer in baseline_scorers(data).items()}
     report = {"data": numbers, "config": {**config, "out": folder}, "epoch": run["best"]["epoch"],
               "seconds": run["seconds"], "history": run["history"],
@@ -426,9 +530,8 @@ def evaluate_command(given):
     if data.digest != extra["digest"]:
         raise DataError(f"{given['model']} was trained on other data than {config['data']}: "
                         "name its data with --data")
-    with ThreadPoolExecutor(config["threads"]) as pool:
-        print_table({split: evaluate(model_scorer(params), data, split, config["max_len"], pool)
-                     for split in ("validation", "test")})
+    print_table({split: evaluate(model_scorer(params), data, split, config["max_len"],
+                                 n_workers(config)) for split in ("validation", "test")})
     return 0
 
 
@@ -658,13 +761,13 @@ def wait_for_device():
         lrurec.xp.cuda.get_current_stream().synchronize()
 
 
-def floor(params, batch, pool):
-    """The matrix products that nobody can avoid in one training step: nothing but these."""
+def floor(params):
+    """-> products(shard): the matrix products that nobody can avoid in training on a shard."""
     E, p = params["item_embedding"], lrurec.blocks(params)[0]
     W, B = p["ffn.W1"], lrurec.real_view(p["lru.B"])
 
-    def products(part):
-        n = len(part[0])
+    def products(shard):
+        n = len(shard[0])
         x, h, f = (lrurec.xp.ones((n, width), E.dtype) for width in
                    (E.shape[1], B.shape[1], W.shape[1]))
         for _ in lrurec.blocks(params):
@@ -675,11 +778,11 @@ def floor(params, batch, pool):
         for k in range(0, n, n_rows):
             logits = x[k:k + n_rows] @ E.T
             logits @ E, x[k:k + n_rows].T @ logits
-    list(pool.map(products, shards(*batch)))
+    return products
 
 
-def time_per_part(params, opt, batches, config, pool):
-    """Seconds spent in each of PARTS; what a part calls counts as its own. One thread only."""
+def time_per_part(params, opt, batches, config):
+    """Seconds spent in each of PARTS; what a part calls counts as its own. In this process."""
     rest = "the rest"
     spent, current = dict.fromkeys([*PARTS, rest], 0.0), [rest, time.perf_counter()]
 
@@ -704,8 +807,9 @@ def time_per_part(params, opt, batches, config, pool):
         for name in names:
             setattr(lrurec, name, watched(part, originals[name]))
     try:
-        for batch in batches:
-            train_step(params, opt, batch, config, pool)
+        with gradient_workers(params, {**config, "threads": 1}) as (params, gradients):
+            for batch in batches:
+                train_step(params, opt, batch, config, gradients)
         switch(rest)
     finally:
         for name, function in originals.items():
@@ -713,13 +817,14 @@ def time_per_part(params, opt, batches, config, pool):
     return spent
 
 
-def peak_memory():
-    """Peak resident memory of this process in MB, or None where the system does not tell."""
+def peak_memory(n):
+    """Peak resident memory of this process and n workers in MB, what they have in common counted
+    for each; None where the system does not tell."""
     try:
-        import resource
+        from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = getrusage(RUSAGE_SELF).ru_maxrss + n * getrusage(RUSAGE_CHILDREN).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
@@ -730,7 +835,7 @@ def bench_command(given):
     params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
     rows = reader.training_rows(data, config["max_len"])
     batches = list(itertools.islice(reader.batches(rows, config["batch_size"], rng), 12))
-    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {config['threads']} threads, "
+    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {n_workers(config)} workers, "
           f"{config['device']}; {data.name}, batches of {config['batch_size']} windows of "
           f"{config['max_len']}, dropout {config['dropout']}\n")
     bench_step(params, batches, config)
@@ -741,15 +846,17 @@ def bench_command(given):
 
 def bench_step(params, batches, config):
     opt = lrurec.adamw_init(params)
-    with ThreadPoolExecutor(config["threads"]) as pool:
-        def seconds(work, *args):
+    with (gradient_workers(params, config) as (params, gradients),
+          workers(floor(params), n_workers(config)) as products):
+        def seconds(work):
             begin = time.perf_counter()
-            work(*args, pool)
+            work()
             wait_for_device()
             return time.perf_counter() - begin
 
-        pairs = [[(seconds(train_step, params, opt, batch, config),
-                   seconds(floor, params, batch)) for batch in batches] for _ in range(6)]
+        pairs = [[(seconds(lambda: train_step(params, opt, batch, config, gradients)),
+                   seconds(lambda: list(products(shards(*batch))))) for batch in batches]
+                 for _ in range(6)]
     steps, floors = np.array(pairs[1:]).sum(1).T                  # the first round warms up
     events = sum(len(items) for items, _, _ in batches)
     print(f"training step    {np.median(steps) / len(batches) * 1e3:8.1f} ms   its matrix products "
@@ -757,12 +864,12 @@ def bench_step(params, batches, config):
           f"{np.median(steps / floors):.2f} (pairs "
           f"{', '.join(f'{r:.2f}' for r in steps / floors)})")
     print(f"                 {events / np.median(steps):8,.0f} events a second")
-    with ThreadPoolExecutor(1) as pool:
-        spent = time_per_part(params, opt, batches[:4], config, pool)
-    print("in one thread    " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
+    spent = time_per_part(params, opt, batches[:4], config)
+    print("in one worker    " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
                                           sorted(spent.items(), key=lambda x: -x[1])))
-    if peak_memory():
-        print(f"peak memory      {peak_memory():8.0f} MB")
+    peak = peak_memory(config["threads"] if CAN_FORK else 0)
+    if peak:
+        print(f"peak memory      {peak:8.0f} MB, the workers' included")
 
 
 def bench_scans(rng):
@@ -864,8 +971,8 @@ FLAGS = {  # name: default, the commands that take it, help, how it is read, its
     "patience": (15, "train", f"stop after so many epochs without a better validation {BEST}",
                  number(int, 1), "N"),
     "seed": (42, "train", "of initial values, order, dropout and random ties", number(int, 0), "N"),
-    "threads": (os.cpu_count() or 1, "train evaluate bench", "shards of a batch worked on at once; "
-                "the result is the same", number(int, 1), "N"),
+    "threads": (os.cpu_count() or 1, "train evaluate bench", "worker processes that share out "
+                "a batch; the result is the same", number(int, 1), "N"),
     "device": ("cpu", "train evaluate recommend bench", "cpu, or gpu through CuPy",
                one_of("cpu", "gpu"), "cpu|gpu"),
     "batch_size": (16, "train", "windows in a batch", number(int, 1), "N"),
@@ -945,7 +1052,7 @@ def keep_memory():
         return
     mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
     mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
-    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap for all threads
+    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap, also where there are threads
 
 
 def main(argv=None):
@@ -969,7 +1076,7 @@ def main(argv=None):
         message = "nobody reads the output any more; what was saved is there, go on with --resume"
     except DataError as error:
         message = error
-    except MemoryError:
+    except (MemoryError, BrokenExecutor):          # the latter: the system killed a worker
         message = "out of memory: lower --d-model, --n-blocks, --batch-size or --max-len"
     except OSError as error:
         message = (f"{error.filename or 'output'}: {error.strerror or error}: see to the path, its "
