@@ -1052,7 +1052,7 @@ def keep_memory():
         return
     mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
     mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
-    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap, also where there are threads
+    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap, threads or not
 
 
 def main(argv=None):
