@@ -499,15 +499,17 @@ def block_backward(dout, cache):
 # The model
 
 def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=None,
-                dtype=np.float32):
+                dtype=np.float32, max_phase=1.0):
     """Fresh parameters, a dict of arrays; dtype float64 for checks.
 
     item_embedding (V+1, D), embedding_norm.scale and .shift (D,), output_bias (V+1,), and in each
     block k, as blocks.k.NAME: lru.nu_log, .theta_log, .gamma_log (H,); complex lru.B (D, H),
     .b_B (H,), .C (H, D); lru.b_C (D,); ffn.W1 (D, F), .b1 (F,), .W2 (F, D), .b2 (D,);
     lru_norm and ffn_norm, each .scale and .shift (D,).
-    Eigenvalues uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), gamma^2 = 1 - |lam|^2;
-    everything else but the norms normal(0, 0.02), truncated at two standard deviations.
+    Eigenvalues uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), of which max_phase is
+    the part used: 1 is the full circle, as published; near 0 every channel starts as a moving
+    average. gamma^2 = 1 - |lam|^2; everything else but the norms normal(0, 0.02), truncated at
+    two standard deviations.
     """
     rng = np.random.default_rng() if rng is None else rng
     D, H, F = d_model, d_state or 2 * d_model, d_ff or 4 * d_model
@@ -522,7 +524,7 @@ def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=No
               "embedding_norm.scale": np.ones(D), "embedding_norm.shift": np.zeros(D)}
     for k in range(n_blocks):
         radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # uniform in area
-        phase = 2 * math.pi * (1 - rng.random(H))                 # in (0, 2 pi]: log is finite
+        phase = 2 * math.pi * max_phase * (1 - rng.random(H))     # above 0: log is finite
         values = [np.log(-0.5 * np.log(radius2)), np.log(phase), 0.5 * np.log(1 - radius2),
                   normal(D, H) + 1j * normal(D, H), normal(H) + 1j * normal(H),
                   normal(H, D) + 1j * normal(H, D), normal(D),

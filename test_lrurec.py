@@ -616,12 +616,14 @@ def test_nothing_passes_a_wall_and_the_future_never_reaches_the_past():
 # ---------------------------------------------------------------------------------------------
 # The model
 
-def test_initial_values():
-    params = lrurec.init_params(50, 32, 2000, n_blocks=2, rng=np.random.default_rng(0))
+@pytest.mark.parametrize("max_phase", [1, 0.2])
+def test_initial_values(max_phase):
+    params = lrurec.init_params(50, 32, 2000, n_blocks=2, rng=np.random.default_rng(0),
+                                max_phase=max_phase)
     for p in lrurec.blocks(params):
         lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
         for part, low, high in ((abs(lam) ** 2, 0.8 ** 2, 0.99 ** 2),      # uniform in area
-                                (np.angle(lam), -math.pi, math.pi)):       # and all around
+                                (np.angle(lam) % (2 * math.pi), 0, 2 * math.pi * max_phase)):
             quantiles = np.quantile(part, [0, 0.25, 0.5, 0.75, 1])
             np.testing.assert_allclose(quantiles, np.linspace(low, high, 5),
                                        atol=0.05 * (high - low))
@@ -1262,6 +1264,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--epochs", "0"], "whole number from 1"), (["--dropout", "1"], "below 1"),
+    (["--max-phase", "0"], "above 0"), (["--max-phase", "1.5"], "at most 1"),
     (["--ties", "x"], "item"), (["--max-len", "x"], "from 1"), (["--lr", "nan"], "number"),
     (["--data", "/nowhere.csv"], "/nowhere.csv"), (["evaluate", "/nowhere.npz"], "/nowhere.npz"),
     (["--columns", "user"], "USER,ITEM"), (["--threads", "1.5"], "whole number"),

@@ -48,7 +48,8 @@ KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
 
 # of the authors' code; the bench runs these
-PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01}
+PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01,
+             "max_phase": 1.0}
 NOT_SAVED = ("out", "resume", "threads", "device")
 FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
 
@@ -286,7 +287,8 @@ def fit(data, config, folder, run=None):
 
 def new_run(n_items, config):
     params = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"],
-                                rng=np.random.default_rng(config["seed"]))
+                                rng=np.random.default_rng(config["seed"]),
+                                max_phase=config["max_phase"])
     return {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
             "best": None, "history": []}
 
@@ -925,6 +927,13 @@ def number(kind, low, below=float("inf")):
     return convert
 
 
+def part_of_circle(text):
+    value = number(float, 0)(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
+
+
 def one_of(*choices):
     def convert(text):
         if text not in choices:
@@ -986,6 +995,8 @@ FLAGS = {  # name: default, the commands that take it, help, how it is read, its
     "d_model": (64, "train", "width D; the state has 2 D, the feed-forward 4 D", number(int, 1),
                 "D"),
     "n_blocks": (2, "train", "blocks K", number(int, 1), "K"),
+    "max_phase": (0.01, "train", "part of the circle for the first eigenvalues, 1: all of it",
+                  part_of_circle, "X"),
     "min_count": (5, "train", "drop items, then users, with fewer events; 0 keeps all",
                   number(int, 0), "N"),
     "ties": ("item", "train", "order of a user's events of equal time: by item id, as in the file, "
