@@ -1703,7 +1703,7 @@ def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
     opt, config = lrurec.adamw_init(device), {**train.DEFAULTS, "dropout": 0.3}
     DeviceArray.reads = 0
     loss, grads = lrurec.loss_and_grads(device, *batch)
-    with train.gradient_workers(device, config) as (params_d, gradients):
+    with train.gradient_workers(device, config, 40) as (params_d, gradients):
         train.train_step(params_d, opt, batch, config, gradients)
     assert DeviceArray.reads == 0, "each wait for the card costs more than the step's kernels"
     hidden, state = lrurec.encode(device, batch[0], batch[2], return_state=True)

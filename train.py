@@ -164,7 +164,7 @@ def evaluate(scorer, data, split, max_len=None, n=1):
         history = [seen[user] for user in group]
         return ranks(scorer(history), history, truth[group])
 
-    with workers(group_ranks, n) as call:
+    with workers(group_ranks, min(n, len(groups))) as call:
         return metrics(np.concatenate(list(call(groups))))
 
 
@@ -206,26 +206,31 @@ def baseline_scorers(data):
 # ---------------------------------------------------------------------------------------------
 # Training
 
+def n_shards(n_rows):
+    """An even number, to go in pairs, of about SHARD_ROWS rows each (on a GPU one)."""
+    return 1 if lrurec.xp is not np else 2 * max(1, round(n_rows / SHARD_ROWS / 2))
+
+
 def shards(items, targets, starts):
-    """Cut a batch at walls into an even number of shards of about SHARD_ROWS rows, to go in pairs
-    (on a GPU one)."""
-    n_shards = 1 if lrurec.xp is not np else 2 * max(1, round(len(items) / SHARD_ROWS / 2))
+    """Cut a batch into shards, at the walls nearest to equal parts."""
+    n = n_shards(len(items))
     walls = np.flatnonzero(starts)
-    wanted = len(items) * np.arange(1, n_shards) / n_shards
+    wanted = len(items) * np.arange(1, n) / n
     cuts = np.unique(walls[abs(walls[:, None] - wanted).argmin(0)])
     cuts = cuts[0 < cuts]
     return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
 
 
 @contextlib.contextmanager
-def gradient_workers(params, config):
+def gradient_workers(params, config, n_rows):
     """Yield params, a copy whose changes all workers see, and a function gradients: a batch, the
     step's number -> the batch's mean loss, its gradients.
 
     The shards, their random streams and the order of the sums depend on batch and step alone, so
-    that the result does not depend on how many workers there are.
+    that the result does not depend on how many workers there are. No more of them start than a
+    batch of n_rows has shards.
     """
-    n, originals = n_workers(config), params
+    n, originals = min(n_workers(config), n_shards(n_rows)), params
     params, *slots = (shared(originals) for _ in range(1 + AHEAD * n))    # a slot: one shard's
     for name, p in originals.items():                                     # gradients
         params[name][...] = p
@@ -299,7 +304,8 @@ def fit_epoch(data, rows, config, folder, run):
     begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
     n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
     rng = np.random.default_rng([config["seed"], epoch])
-    with gradient_workers(run["params"], config) as (params, gradients):
+    n_rows = len(rows.items) / n_batches
+    with gradient_workers(run["params"], config, n_rows) as (params, gradients):
         for n, batch in enumerate(reader.batches(rows, config["batch_size"], rng), 1):
             lr = learning_rate(config, opt["step"] / (n_batches * config["epochs"]))
             losses.append(train_step(params, opt, batch, {**config, "lr": lr}, gradients))
@@ -809,7 +815,7 @@ def time_per_part(params, opt, batches, config):
         for name in names:
             setattr(lrurec, name, watched(part, originals[name]))
     try:
-        with gradient_workers(params, {**config, "threads": 1}) as (params, gradients):
+        with gradient_workers(params, {**config, "threads": 1}, 1) as (params, gradients):
             for batch in batches:
                 train_step(params, opt, batch, config, gradients)
         switch(rest)
@@ -847,8 +853,8 @@ def bench_command(given):
 
 
 def bench_step(params, batches, config):
-    opt = lrurec.adamw_init(params)
-    with (gradient_workers(params, config) as (params, gradients),
+    opt, n_rows = lrurec.adamw_init(params), np.mean([len(items) for items, _, _ in batches])
+    with (gradient_workers(params, config, n_rows) as (params, gradients),
           workers(floor(params), n_workers(config)) as products):
         def seconds(work):
             begin = time.perf_counter()
