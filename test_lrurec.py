@@ -1496,6 +1496,20 @@ def test_a_model_that_does_not_fit_is_one_clear_line(model, change, message, tmp
     assert message in error and error.count("\n") == 1
 
 
+def test_a_model_from_before_the_later_flags_is_as_good(model, tmp_path, capsys):
+    with np.load(model) as file:
+        entries = dict(file)
+    config = json.loads(str(entries["json/config"]))
+    entries["json/config"] = np.array(json.dumps(
+        {name: value for name, value in config.items() if name not in train.OLDER_RUNS}))
+    np.savez(tmp_path / "old.npz", **entries)
+    for path in (model, tmp_path / "old.npz"):
+        assert run("evaluate", path) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[:len(table) // 2] == table[len(table) // 2:]
+    assert train.load_model(tmp_path / "old.npz")[1]["config"] == {**config, **train.OLDER_RUNS}
+
+
 def test_bench_measures_what_it_says_and_leaves_the_model_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "timed", lambda work, *options: work() is None or 1e-6)
     functions = {name: getattr(lrurec, name) for names in train.PARTS.values() for name in names}

@@ -51,6 +51,7 @@ BEST = "Recall@10"            # on validation: picks the epoch that is kept
 PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01,
              "max_phase": 1.0}
 NOT_SAVED = ("out", "resume", "threads", "device")
+OLDER_RUNS = {"schedule": "constant", "max_phase": 1.0}           # before there were such flags
 FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
 
 
@@ -384,8 +385,10 @@ def load_model(path, keys=("epoch", "item_ids", "titles"),
         raise DataError(f"{path}: {error.strerror or error}: {remedy}") from None
     except ValueError as error:
         raise DataError(f"{error}: {remedy}") from None
-    config = extra.get("config") or {}
     missing = [key for key in ("config", "digest", *keys) if key not in extra]
+    config = extra.get("config") or {}
+    if isinstance(config, dict):
+        config = extra["config"] = {**OLDER_RUNS, **config}
     missing += [f"config {name}" for name in DEFAULTS
                 if name not in NOT_SAVED and name not in config]
     missing += [name for name in ("item_embedding",) if name not in params]
