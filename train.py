@@ -23,6 +23,7 @@ import collections
 import contextlib
 import ctypes
 import difflib
+import errno
 import itertools
 import json
 import mmap
@@ -80,24 +81,44 @@ def workers(function, n):
     else:
         pool, work = ThreadPoolExecutor(n), function
 
+    def submit(task):
+        with no_ctrl_c():                          # workers, forked here, inherit that
+            return pool.submit(work, task)
+
     def in_order(tasks):
         futures = collections.deque()
         for task in tasks:
             if len(futures) == AHEAD * n:
                 yield futures.popleft().result()
-            futures.append(pool.submit(work, task))
+            futures.append(submit(task))
         while futures:
             yield futures.popleft().result()
 
     with pool:
-        yield in_order
+        try:
+            yield in_order
+        except BaseException:                      # a pool that could not start does not end either
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def no_ctrl_c():
+    """Ctrl-C waits until the end, and never comes to a process forked in between."""
+    if CAN_FORK:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if CAN_FORK:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def begin_work(function):
-    """In a forked process: Ctrl-C is for the parent; with the parent, this process ends too."""
+    """In a forked process, which is to end with its parent, even where that is killed."""
     global do_work_on
     do_work_on = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -835,7 +856,7 @@ def peak_memory(n):
         from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
     except ImportError:
         return None
-    peak = getrusage(RUSAGE_SELF).ru_maxrss + n * getrusage(RUSAGE_CHILDREN).ru_maxrss
+    peak = getrusage(RUSAGE_SELF).ru_maxrss + (n and n * getrusage(RUSAGE_CHILDREN).ru_maxrss)
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
@@ -857,8 +878,9 @@ def bench_command(given):
 
 def bench_step(params, batches, config):
     opt, n_rows = lrurec.adamw_init(params), np.mean([len(items) for items, _, _ in batches])
+    n = min(n_workers(config), n_shards(n_rows))
     with (gradient_workers(params, config, n_rows) as (params, gradients),
-          workers(floor(params), n_workers(config)) as products):
+          workers(floor(params), n) as products):
         def seconds(work):
             begin = time.perf_counter()
             work()
@@ -878,7 +900,7 @@ def bench_step(params, batches, config):
     spent = time_per_part(params, opt, batches[:4], config)
     print("in one worker    " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
                                           sorted(spent.items(), key=lambda x: -x[1])))
-    peak = peak_memory(config["threads"] if CAN_FORK else 0)
+    peak = peak_memory(n if CAN_FORK and n > 1 else 0)
     if peak:
         print(f"peak memory      {peak:8.0f} MB, the workers' included")
 
@@ -1075,6 +1097,9 @@ def keep_memory():
     mallopt(-8, 1)                                 # M_ARENA_MAX: one heap, threads or not
 
 
+OUT_OF_MEMORY = "out of memory: lower --d-model, --n-blocks, --batch-size, --max-len or --threads"
+
+
 def main(argv=None):
     """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     keep_memory()
@@ -1097,10 +1122,12 @@ def main(argv=None):
     except DataError as error:
         message = error
     except (MemoryError, BrokenExecutor):          # the latter: the system killed a worker
-        message = "out of memory: lower --d-model, --n-blocks, --batch-size or --max-len"
+        message = OUT_OF_MEMORY
     except OSError as error:
         message = (f"{error.filename or 'output'}: {error.strerror or error}: see to the path, its "
                    "permissions and the space on its disk")
+        if error.errno in (errno.ENOMEM, errno.EAGAIN):           # no memory, or no new process
+            message = OUT_OF_MEMORY
     progress("")
     print("train.py: " + str(message).replace("\n", " "), file=sys.stderr)
     return 2
