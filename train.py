@@ -252,9 +252,9 @@ def gradient_workers(params, config, n_rows):
     that the result does not depend on how many workers there are. No more of them start than a
     batch of n_rows has shards.
     """
-    n, originals = min(n_workers(config), n_shards(n_rows)), params
-    params, *slots = (shared(originals) for _ in range(1 + AHEAD * n))    # a slot: one shard's
-    for name, p in originals.items():                                     # gradients
+    n, originals = min(config["threads"], n_shards(n_rows)), params
+    params, *slots = (shared(originals) for _ in range(1 + AHEAD * n))
+    for name, p in originals.items():
         params[name][...] = p
 
     def shard_loss(task):
@@ -262,7 +262,7 @@ def gradient_workers(params, config, n_rows):
         rng = np.random.default_rng(seed)
         loss, grads = lrurec.loss_and_grads(params, *shard, config["dropout"], rng)
         for name, g in grads.items():
-            lrurec.xp.multiply(g, weight, out=slots[slot][name])
+            lrurec.xp.multiply(g, weight, out=slots[slot][name])  # a slot holds one shard's
         return weight * loss
 
     with workers(shard_loss, n) as call:
@@ -273,8 +273,8 @@ def gradient_workers(params, config, n_rows):
             tasks = [(k % len(slots), [config["seed"], step, k], float(weights[k]), parts[k])
                      for k in range(len(parts))]
             loss, total = 0, None
-            for (slot, *_), shard_loss in zip(tasks, call(tasks)):
-                loss = loss + shard_loss
+            for (slot, *_), part in zip(tasks, call(tasks)):
+                loss = loss + part
                 if total is None:
                     total = {name: g.copy() for name, g in slots[slot].items()}
                 else:
@@ -856,7 +856,7 @@ def peak_memory(n):
         from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
     except ImportError:
         return None
-    peak = getrusage(RUSAGE_SELF).ru_maxrss + (n and n * getrusage(RUSAGE_CHILDREN).ru_maxrss)
+    peak = getrusage(RUSAGE_SELF).ru_maxrss + n * getrusage(RUSAGE_CHILDREN).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
@@ -878,7 +878,7 @@ def bench_command(given):
 
 def bench_step(params, batches, config):
     opt, n_rows = lrurec.adamw_init(params), np.mean([len(items) for items, _, _ in batches])
-    n = min(n_workers(config), n_shards(n_rows))
+    n = min(config["threads"], n_shards(n_rows))
     with (gradient_workers(params, config, n_rows) as (params, gradients),
           workers(floor(params), n) as products):
         def seconds(work):
