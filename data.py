@@ -274,14 +274,12 @@ def _line(reader, n):
 
 
 def _number(text):
-    """text as int, exactly, or else as a finite float. Raises ValueError."""
+    """text as int, exactly, or else as a float, below 2^63 in size. Raises ValueError."""
     try:
         value = int(text)
     except ValueError:
         value = float(text)
-        if value - value != 0:
-            raise ValueError(text) from None
-    if abs(value) >= 2 ** 63:
+    if not abs(value) < 2 ** 63:                   # nan is not, either
         raise ValueError(text)
     return value
 
