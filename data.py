@@ -339,9 +339,8 @@ def prepare(events, name, min_count=5, ties="item", seed=0):
     repeat = np.zeros(len(users), bool)            # of the (user, item) in the line before
     repeat[1:] = (users[1:] == users[:-1]) & (items[1:] == items[:-1])
     keep = np.flatnonzero(~repeat)
-    keep = keep[np.bincount(items[keep])[items[keep]] >= min_count]
-    if len(keep):
-        keep = keep[np.bincount(users[keep])[users[keep]] >= min_count]
+    for codes in (items, users):
+        keep = keep[np.bincount(codes[keep])[codes[keep]] >= min_count]
     if not len(keep):
         raise DataError(f"{name}: nobody is left after dropping items, then users, with fewer "
                         f"than {min_count} events: lower --min-count")
