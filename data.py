@@ -159,9 +159,8 @@ def parse_archive(name, archive, path):
                         "delete it to have it fetched again") from None
     events = parse(ratings, path)
     if name == "ml-100k":
-        raw = np.array([events.user_ids, events.item_ids], dtype=object)
-        table = np.stack([np.array(raw[0], np.int64)[events.users],
-                          np.array(raw[1], np.int64)[events.items], events.times], 1)
+        table = np.stack([np.array(events.user_ids, np.int64)[events.users],
+                          np.array(events.item_ids, np.int64)[events.items], events.times], 1)
         table = table[np.lexsort(table.T[::-1])]
         if hashlib.sha256(table.astype("<i8").tobytes()).hexdigest() != ML_100K_EVENTS:
             raise DataError(f"{path} does not hold the 100,000 events of ML-100K: delete it")
