@@ -183,15 +183,14 @@ def read_file(path, columns=None):
             content = file.read()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: give the path of a readable file") from None
-    zipped = content[:2] == b"\x1f\x8b"
-    if path.endswith(".gz") and not zipped:
-        raise DataError(f"{path} is named .gz but is not gzip: rename it or compress it")
-    if zipped:
+    if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} is damaged gzip ({error}): fetch or compress it "
                             "again") from None
+    elif path.endswith(".gz"):
+        raise DataError(f"{path} is named .gz but is not gzip: rename it or compress it")
     return parse(content, path, columns)
 
 
@@ -213,8 +212,8 @@ def parse(content, path, columns=None):
     if first is None:
         raise DataError(f"{path} is empty: it needs lines of user,item[,time]")
     line = first.strip(" \r\n")
-    delimiter = next((d for d in ("\t", "::") if d in line), None) or next(
-        (d for d in sorted(";,|", key=line.count, reverse=True) + [" "] if d in line), None)
+    by_count = sorted(";,|", key=line.count, reverse=True)
+    delimiter = next((d for d in ["\t", "::", *by_count, " "] if d in line), None)
     if delimiter is None:
         raise DataError(f"{path}: no delimiter in {first.strip()[:60]!r}: separate the columns "
                         "by tab, '::', comma, semicolon, '|' or space")
