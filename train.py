@@ -449,13 +449,6 @@ def load_data(config):
                                config["seed"], columns)
 
 
-def use_device(config):
-    try:
-        lrurec.use_device(config["device"])
-    except RuntimeError as error:
-        raise DataError(str(error)) from None
-
-
 def print_table(results):
     """results: name -> metrics or None."""
     names = ["Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"]
@@ -494,7 +487,6 @@ def holds_run(folder):
 
 def train_command(given):
     config = {**DEFAULTS, **given}
-    use_device(config)
     new = not os.path.isdir(config["out"] or "")
     folder = choose_folder(config)
     try:
@@ -555,7 +547,6 @@ def train_in(folder, config, given):
 
 
 def evaluate_command(given):
-    use_device({**DEFAULTS, **given})
     params, extra = load_model(given["model"])
     config = {**DEFAULTS, **extra["config"], **given}
     data = load_data(config)
@@ -650,7 +641,6 @@ class Visitor:
 
 
 def recommend_command(given):
-    use_device({**DEFAULTS, **given})
     params, extra = load_model(given["model"])
     item_ids, titles = extra["item_ids"], extra["titles"]
     visitor = Visitor(params)
@@ -741,7 +731,6 @@ def disk(lam, radius=10):
 
 
 def inspect_command(given):
-    use_device(DEFAULTS)
     params, extra = load_model(given["model"])
     for k, p in enumerate(lrurec.blocks(params)):
         lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
@@ -862,7 +851,6 @@ def peak_memory(n):
 
 def bench_command(given):
     config = {**DEFAULTS, **PUBLISHED, **given}
-    use_device(config)
     data, rng = load_data(config), np.random.default_rng(0)
     params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
     rows = reader.training_rows(data, config["max_len"])
@@ -1109,6 +1097,10 @@ def main(argv=None):
     command = None
     try:
         command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        try:
+            lrurec.use_device(given.get("device", DEFAULTS["device"]))
+        except RuntimeError as error:
+            raise DataError(str(error)) from None
         return COMMANDS[command][0](given)
     except SystemExit as exit:
         return exit.code or 0
