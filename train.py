@@ -70,9 +70,10 @@ def workers(function, n):
     Processes, since a thread needs the interpreter's one lock between any two NumPy calls, and
     waiting for it takes longer than a small call. They are forked: function and all that it
     refers to are there as they were then; only arrays made by `shared` stay common. Where that
-    cannot be done: threads. Task k + AHEAD n begins when result k has been taken.
+    cannot be done: threads. For one worker, and on a GPU: this process. Task k + AHEAD n begins
+    when result k has been taken.
     """
-    if n == 1:
+    if n == 1 or lrurec.xp is not np:
         yield lambda tasks: map(function, tasks)
         return
     if CAN_FORK:
@@ -284,10 +285,6 @@ def gradient_workers(params, config, n_rows):
         yield params, gradients
 
 
-def n_workers(config):
-    return config["threads"] if lrurec.xp is np else 1
-
-
 def train_step(params, opt, batch, config, gradients):
     """One AdamW step on a batch -> its mean loss."""
     loss, grads = gradients(batch, opt["step"])
@@ -344,7 +341,7 @@ def fit_epoch(data, rows, config, folder, run):
         raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr; "
                         f"{folder} keeps the {epoch - 1} epochs before")
     validation = evaluate(model_scorer(params), data, "validation", config["max_len"],
-                          n_workers(config))
+                          config["threads"])
     value = validation and validation[BEST]        # None: there is no user to validate on
     star = value is None or best is None or value > best["validation"][BEST]
     seconds = time.perf_counter() - begin
@@ -532,7 +529,7 @@ def train_in(folder, config, given):
         if extra["epoch"] != run["best"]["epoch"]:                # killed between the two files
             raise DataError(f"{folder}/model.npz is of epoch {extra['epoch']}, and last.npz ends "
                             f"before it: resume with --epochs {extra['epoch']} or more")
-        test = evaluate(model_scorer(params), data, "test", max_len, n_workers(config))
+        test = evaluate(model_scorer(params), data, "test", max_len, config["threads"])
         baselines = {name: evaluate(scorer, data, "test", max_len)
                      for name, scorer in baseline_scorers(data).items()}
     report = {"data": numbers, "config": {**config, "out": folder}, "epoch": run["best"]["epoch"],
@@ -554,7 +551,7 @@ def evaluate_command(given):
         raise DataError(f"{given['model']} was trained on other data than {config['data']}: "
                         "name its data with --data")
     print_table({split: evaluate(model_scorer(params), data, split, config["max_len"],
-                                 n_workers(config)) for split in ("validation", "test")})
+                                 config["threads"]) for split in ("validation", "test")})
     return 0
 
 
@@ -855,7 +852,8 @@ def bench_command(given):
     params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
     rows = reader.training_rows(data, config["max_len"])
     batches = list(itertools.islice(reader.batches(rows, config["batch_size"], rng), 12))
-    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {n_workers(config)} workers, "
+    n = config["threads"] if config["device"] == "cpu" else 1
+    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {n} workers, "
           f"{config['device']}; {data.name}, batches of {config['batch_size']} windows of "
           f"{config['max_len']}, dropout {config['dropout']}\n")
     bench_step(params, batches, config)
