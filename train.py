@@ -82,16 +82,13 @@ def workers(function, n):
     else:
         pool, work = ThreadPoolExecutor(n), function
 
-    def submit(task):
-        with no_ctrl_c():                          # workers, forked here, inherit that
-            return pool.submit(work, task)
-
     def in_order(tasks):
         futures = collections.deque()
         for task in tasks:
             if len(futures) == AHEAD * n:
                 yield futures.popleft().result()
-            futures.append(submit(task))
+            with no_ctrl_c():                      # workers, forked here, inherit that
+                futures.append(pool.submit(work, task))
         while futures:
             yield futures.popleft().result()
 
