@@ -130,12 +130,9 @@ def shared(arrays):
     common. (On a GPU one process does all the work.)"""
     if lrurec.xp is not np:
         return {name: lrurec.xp.zeros_like(array) for name, array in arrays.items()}
-    memory = mmap.mmap(-1, sum(array.nbytes for array in arrays.values()) + 64 * len(arrays))
-    zeros, begin = {}, 0
-    for name, array in arrays.items():
-        zeros[name] = np.frombuffer(memory, array.dtype, array.size, begin).reshape(array.shape)
-        begin += -(-array.nbytes // 64) * 64       # each from a new cache line on
-    return zeros
+    memory = {name: mmap.mmap(-1, array.nbytes) for name, array in arrays.items()}
+    return {name: np.frombuffer(memory[name], array.dtype).reshape(array.shape)
+            for name, array in arrays.items()}
 
 
 # ---------------------------------------------------------------------------------------------
