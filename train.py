@@ -294,21 +294,16 @@ def fit(data, config, folder, run=None):
     folder holds model.npz (the best epoch) and last.npz (all that going on needs).
     """
     rows = reader.training_rows(data, config["max_len"])
-    run = run or new_run(len(data.item_ids) - 1, config)
-    while run["epoch"] < config["epochs"]:
-        best = run["best"]
-        if best and best["validation"] and run["epoch"] - best["epoch"] >= config["patience"]:
-            break
+    if run is None:
+        params = lrurec.init_params(len(data.item_ids) - 1, config["d_model"],
+                                    n_blocks=config["n_blocks"], max_phase=config["max_phase"],
+                                    rng=np.random.default_rng(config["seed"]))
+        run = {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
+               "best": {"epoch": 0, "validation": None}, "history": []}
+    while (run["epoch"] < config["epochs"]
+           and run["epoch"] - run["best"]["epoch"] < config["patience"]):
         fit_epoch(data, rows, config, folder, run)
     return run
-
-
-def new_run(n_items, config):
-    params = lrurec.init_params(n_items, config["d_model"], n_blocks=config["n_blocks"],
-                                rng=np.random.default_rng(config["seed"]),
-                                max_phase=config["max_phase"])
-    return {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
-            "best": None, "history": []}
 
 
 def fit_epoch(data, rows, config, folder, run):
@@ -337,7 +332,7 @@ def fit_epoch(data, rows, config, folder, run):
     validation = evaluate(model_scorer(params), data, "validation", config["max_len"],
                           config["threads"])
     value = validation and validation[BEST]        # None: there is no user to validate on
-    star = value is None or best is None or value > best["validation"][BEST]
+    star = value is None or best["validation"] is None or value > best["validation"][BEST]
     seconds = time.perf_counter() - begin
     run["epoch"], run["seconds"] = epoch, run["seconds"] + seconds
     run["history"].append({"epoch": epoch, "loss": float(losses.mean()), BEST: value,
