@@ -339,8 +339,6 @@ def fit_epoch(data, rows, config, folder, run):
                            "seconds": seconds})
     if star:
         run["best"] = {"epoch": epoch, "validation": validation}
-        lrurec.save(os.path.join(folder, "model.npz"), params, config=saved(config),
-                    epoch=epoch, digest=data.digest, item_ids=data.item_ids, titles=data.titles)
     write_run(folder, run, config, data)
     progress("")
     result = "no user to validate on" if value is None else f"validation {BEST} {value:.4f}"
@@ -358,17 +356,17 @@ def finite(params):
     return all(bool(lrurec.xp.isfinite(p).all()) for p in params.values())
 
 
-def saved(config):
-    """The part of config that goes into the files."""
-    return {name: value for name, value in config.items() if name not in NOT_SAVED}
-
-
 def write_run(folder, run, config, data):
+    """model.npz, if this epoch is the best, then last.npz."""
+    common = {"config": {name: config[name] for name in config if name not in NOT_SAVED},
+              "digest": data.digest, "epoch": run["epoch"]}
+    if run["epoch"] == run["best"]["epoch"]:
+        lrurec.save(os.path.join(folder, "model.npz"), run["params"], **common,
+                    item_ids=data.item_ids, titles=data.titles)
     opt = run["opt"]
     moments = {f"{kind}/{name}": opt[kind][name] for kind in "mv" for name in opt[kind]}
-    lrurec.save(os.path.join(folder, "last.npz"), run["params"], config=saved(config),
-                digest=data.digest, step=opt["step"], epoch=run["epoch"], best=run["best"],
-                seconds=run["seconds"], history=run["history"], **moments)
+    lrurec.save(os.path.join(folder, "last.npz"), run["params"], **common, step=opt["step"],
+                best=run["best"], seconds=run["seconds"], history=run["history"], **moments)
 
 
 def read_run(path):
