@@ -188,12 +188,10 @@ def evaluate(scorer, data, split, max_len=None, n=1):
 def model_scorer(params):
     """The model as a scorer for evaluate."""
     def scorer(seen):
-        ends = np.cumsum([len(history) for history in seen])
-        starts = np.zeros(ends[-1], bool)
-        starts[0] = True
-        starts[ends[:-1]] = True
+        starts = np.concatenate([np.arange(len(history)) == 0 for history in seen])
         hidden = lrurec.encode(params, np.concatenate(seen), starts)
-        return lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(ends - 1)]))
+        last = np.cumsum([len(history) for history in seen]) - 1
+        return lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(last)]))
     return scorer
 
 
