@@ -700,14 +700,13 @@ def session(visitor, item_ids, titles):
 
 def disk(lam, radius=10):
     """The eigenvalues on the unit disk, as lines of text: '.' the circle, a digit how many."""
+    def cell(z):
+        return round(radius * (1 - z.imag)), round(2 * radius * (1 + z.real))
+
     grid = [[" "] * (4 * radius + 1) for _ in range(2 * radius + 1)]
-    for angle in np.linspace(0, 2 * np.pi, 40 * radius):
-        grid[round(radius * (1 - np.sin(angle)))][round(2 * radius * (1 + np.cos(angle)))] = "."
-    counts = {}
-    for z in lam:
-        cell = round(radius * (1 - z.imag)), round(2 * radius * (1 + z.real))
-        counts[cell] = counts.get(cell, 0) + 1
-    for (row, column), count in counts.items():
+    for row, column in map(cell, np.exp(1j * np.linspace(0, 2 * np.pi, 40 * radius))):
+        grid[row][column] = "."
+    for (row, column), count in collections.Counter(map(cell, lam)).items():
         grid[row][column] = str(min(count, 9))
     return ["".join(row).rstrip() for row in grid]
 
@@ -723,10 +722,10 @@ def inspect_command(given):
               f"{size.max():.2f}); half-life in events: median {middle:.2f}, 10 % below {low:.2f}, "
               f"10 % above {high:.2f}, longest {half_life.max():.1f}")
         print("\n".join(disk(lam)))
-    groups = {}
+    groups = collections.Counter()
     for name, p in params.items():
         part = name.split(".")[2] if name.startswith("blocks.") else name.split(".")[0]
-        groups[part] = groups.get(part, 0) + lrurec.real_view(p).size
+        groups[part] += lrurec.real_view(p).size
     print("parameters (a complex one counts twice): "
           + ", ".join(f"{part} {n:,}" for part, n in groups.items())
           + f"; in all {sum(groups.values()):,}")
