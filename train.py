@@ -746,15 +746,19 @@ PARTS = {"cross-entropy": ["output_loss"],
          "optimizer": ["clip_gradients", "adamw_update"]}
 
 
-def timed(work, at_least=3, seconds=0.3):
-    """Median seconds of work(), after one call to warm up."""
+def seconds(work):
+    begin = time.perf_counter()
     work()
-    times, end = [], time.perf_counter() + seconds
+    wait_for_device()
+    return time.perf_counter() - begin
+
+
+def timed(work, at_least=3):
+    """Median seconds of work() in 0.3 s or more, after one call to warm up."""
+    work()
+    times, end = [], time.perf_counter() + 0.3
     while len(times) < at_least or time.perf_counter() < end:
-        begin = time.perf_counter()
-        work()
-        wait_for_device()
-        times.append(time.perf_counter() - begin)
+        times.append(seconds(work))
     return float(np.median(times))
 
 
@@ -851,12 +855,6 @@ def bench_step(params, batches, config):
     n = min(config["threads"], n_shards(n_rows))
     with (gradient_workers(params, config, n_rows) as (params, gradients),
           workers(floor(params), n) as products):
-        def seconds(work):
-            begin = time.perf_counter()
-            work()
-            wait_for_device()
-            return time.perf_counter() - begin
-
         pairs = [[(seconds(lambda: train_step(params, opt, batch, config, gradients)),
                    seconds(lambda: list(products(shards(*batch))))) for batch in batches]
                  for _ in range(6)]
