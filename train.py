@@ -808,18 +808,16 @@ def time_per_part(params, opt, batches, config):
             return result
         return call
 
-    originals = {name: getattr(lrurec, name) for names in PARTS.values() for name in names}
-    for part, names in PARTS.items():
-        for name in names:
-            setattr(lrurec, name, watched(part, originals[name]))
-    try:
+    with contextlib.ExitStack() as undo:
+        for part, names in PARTS.items():
+            for name in names:
+                original = getattr(lrurec, name)
+                undo.callback(setattr, lrurec, name, original)
+                setattr(lrurec, name, watched(part, original))
         with gradient_workers(params, {**config, "threads": 1}, 1) as (params, gradients):
             for batch in batches:
                 train_step(params, opt, batch, config, gradients)
         switch(rest)
-    finally:
-        for name, function in originals.items():
-            setattr(lrurec, name, function)
     return spent
 
 
