@@ -958,8 +958,7 @@ def path(text):
 
 def columns(text):
     parts = [part.strip() for part in text.split(",")]
-    if all(part.isdecimal() for part in parts):
-        parts = [str(int(part)) for part in parts]
+    parts = [str(int(part)) if part.isdecimal() else part for part in parts]
     mixed = len({part.isdecimal() for part in parts}) > 1
     if (len(parts) not in (2, 3) or not all(parts) or len(set(parts)) < len(parts)
             or mixed or "0" in parts):
