@@ -229,6 +229,11 @@ def _parse_rows(reader, path, columns):
     """Events of rows of fields. The loop runs once an event, so it is kept bare."""
     user_codes, item_codes, users, items, times = {}, {}, [], [], []
     where, n = None, 0
+
+    def wrong(text):
+        line = getattr(reader, "line_num", n)      # a quoted field may span several
+        return DataError(f"{path}, line {line}: {text}")
+
     try:
         for n, row in enumerate(reader, 1):
             if len(row) < 2 and not "".join(row).strip():
@@ -242,21 +247,20 @@ def _parse_rows(reader, path, columns):
                 user, item = row[u].strip(), row[i].strip()
                 when = len(times) if t is None else _number(row[t])
             except IndexError:
-                raise DataError(f"{path}, line {_line(reader, n)}: {len(row)} columns where "
-                                f"{max(where) + 1} are needed: complete or remove it") from None
+                raise wrong(f"{len(row)} columns where {max(where) + 1} are needed: complete or "
+                            "remove it") from None
             except ValueError:
-                raise DataError(f"{path}, line {_line(reader, n)}: time {row[t][:40]!r} is not a "
-                                "finite number below 2^63: give seconds or milliseconds"
-                                + "; if this is a header, name its columns with --columns "
-                                "USER,ITEM,TIME" * (not users)) from None
+                raise wrong(f"time {row[t][:40]!r} is not a finite number below 2^63: give seconds "
+                            "or milliseconds" + "; if this is a header, name its columns with "
+                            "--columns USER,ITEM,TIME" * (not users)) from None
             if not user or not item:
-                raise DataError(f"{path}, line {_line(reader, n)}: an empty "
-                                f"{'item' if user else 'user'} id: fill it in or remove the line")
+                raise wrong(f"an empty {'item' if user else 'user'} id: fill it in or remove the "
+                            "line")
             users.append(user_codes.setdefault(user, len(user_codes)))
             items.append(item_codes.setdefault(item, len(item_codes)))
             times.append(when)
     except csv.Error as error:
-        raise DataError(f"{path}, line {_line(reader, n + 1)}: {error}: check its quotes") from None
+        raise wrong(f"{error}: check its quotes") from None
     if not users:
         raise DataError(f"{path} has a header but no events: it needs lines of user,item[,time]")
     layout = (f"user, item{', time' * (t is not None)} read from columns "
@@ -264,11 +268,6 @@ def _parse_rows(reader, path, columns):
               f"{'a header' if header else 'no header'}; ")
     return Events(np.array(users), np.array(items), np.array(times),
                   list(user_codes), list(item_codes), layout=layout)
-
-
-def _line(reader, n):
-    """The number of the line just read: a quoted field may span several."""
-    return getattr(reader, "line_num", n)
 
 
 def _number(text):
