@@ -1053,13 +1053,11 @@ def parse_arguments(argv):
 def keep_memory():
     """Have glibc keep what a step frees for the next one: otherwise it goes back to the system
     and is fetched again page by page, at 5-20 % of the time. Elsewhere this does nothing."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
-    mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
-    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap, threads or not
+        mallopt(-3, 2 ** 25)                       # M_MMAP_THRESHOLD: map only arrays above 32 MB
+        mallopt(-1, 2 ** 31 - 1)                   # M_TRIM_THRESHOLD: never trim the heap
+        mallopt(-8, 1)                             # M_ARENA_MAX: one heap, threads or not
 
 
 OUT_OF_MEMORY = "out of memory: lower --d-model, --n-blocks, --batch-size, --max-len or --threads"
