@@ -506,7 +506,6 @@ def train_in(folder, config, given):
     print(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
           f"{numbers['events']:,} events; {data.layout}ties by {config['ties']}; run in {folder}",
           flush=True)
-    max_len = config["max_len"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)           # fit reports what matters
         run = fit(data, config, folder, run)
@@ -514,8 +513,8 @@ def train_in(folder, config, given):
         if extra["epoch"] != run["best"]["epoch"]:                # killed between the two files
             raise DataError(f"{folder}/model.npz is of epoch {extra['epoch']}, and last.npz ends "
                             f"before it: resume with --epochs {extra['epoch']} or more")
-        test = evaluate(model_scorer(params), data, "test", max_len, config["threads"])
-        baselines = {name: evaluate(scorer, data, "test", max_len)
+        test = evaluate(model_scorer(params), data, "test", config["max_len"], config["threads"])
+        baselines = {name: evaluate(scorer, data, "test", config["max_len"])
                      for name, scorer in baseline_scorers(data).items()}
     report = {"data": numbers, "config": {**config, "out": folder}, "epoch": run["best"]["epoch"],
               "seconds": run["seconds"], "history": run["history"],
