@@ -389,26 +389,22 @@ def load_model(path, keys=("epoch", "item_ids", "titles"),
     except ValueError as error:
         raise DataError(f"{error}: {remedy}") from None
     missing = [key for key in ("config", "digest", *keys) if key not in extra]
-    config = extra.get("config") or {}
-    if isinstance(config, dict):
-        config = extra["config"] = {**OLDER_RUNS, **config}
-    missing += [f"config {name}" for name in DEFAULTS
-                if name not in NOT_SAVED and name not in config]
     missing += [name for name in ("item_embedding",) if name not in params]
-    if not missing:
-        try:
-            n_items = len(params["item_embedding"]) - 1
-            none = lrurec.init_params(0, config["d_model"], n_blocks=config["n_blocks"])
-            shapes = {name: p.shape for name, p in none.items()}
-            for name in ("item_embedding", "output_bias"):        # one row for each item
-                shapes[name] = (n_items + 1, *shapes[name][1:])
-            missing = [f"{name} of shape {shape}" for name, shape in shapes.items()
-                       if name not in params or params[name].shape != shape]
-            missing += ["finite numbers"] * (not missing and not finite(params))
-            missing += [f"{n_items} {key}" for key in ("item_ids", "titles")
-                        if key in keys and len(extra[key]) != n_items + 1]
-        except (TypeError, ValueError):
-            missing = ["a sound configuration"]
+    try:
+        config = extra["config"] = {**OLDER_RUNS, **extra["config"]}
+        missing += [f"config {name}" for name in DEFAULTS if name not in (*NOT_SAVED, *config)]
+        n_items = len(params["item_embedding"]) - 1
+        none = lrurec.init_params(0, config["d_model"], n_blocks=config["n_blocks"])
+        shapes = {name: p.shape for name, p in none.items()}
+        for name in ("item_embedding", "output_bias"):            # one row for each item
+            shapes[name] = (n_items + 1, *shapes[name][1:])
+        missing += [f"{name} of shape {shape}" for name, shape in shapes.items()
+                    if name not in params or params[name].shape != shape]
+        missing += ["finite numbers"] * (not finite(params))
+        missing += [f"{n_items} {key}" for key in ("item_ids", "titles")
+                    if key in keys and len(extra[key]) != n_items + 1]
+    except (KeyError, TypeError, ValueError):      # KeyError: its cause is in missing already
+        missing += ["a sound configuration"]
     if missing:
         raise DataError(f"{path} lacks {missing[0]}: {remedy}")
     return params, extra
