@@ -672,9 +672,8 @@ def session(visitor, item_ids, titles):
         elif text == "undo" and not visitor.history:
             print("nothing to undo")
         elif text in ("undo", "reset"):
-            for _ in range(1 if text == "undo" else len(visitor.history)):
-                for past in (visitor.history, visitor.states, visitor.hidden):
-                    past.pop()
+            n = len(visitor.history) - 1 if text == "undo" else 0     # events that stay
+            del visitor.history[n:], visitor.states[n + 1:], visitor.hidden[n + 1:]
             print_top(visitor, titles)
         else:
             try:
