@@ -284,7 +284,8 @@ def _number(text):
 def find_columns(row, path, line, columns=None):
     """Whether the first row is a header, and the positions of user, item and, if any, time."""
     fields = [field.strip() for field in row]
-    names = [re.sub("[_ -]", "", field.partition(":")[0].lower()) for field in fields]
+    plain = [field.partition(":")[0] for field in fields]         # RecBole writes name:type
+    names = [re.sub("[_ -]", "", field.lower()) for field in plain]
 
     def position(known):
         return next((k for k, name in enumerate(names) if name in known), None)
@@ -298,7 +299,6 @@ def find_columns(row, path, line, columns=None):
                             f"number {max(where) + 1}: count them from 1")
         return header, where
     if columns:
-        plain = [field.partition(":")[0] for field in fields]
         missing = [c for c in columns if c not in fields and c not in plain]
         if missing:
             raise DataError(f"{path}, line {line}: no column {missing[0]!r} in the header; it has "
