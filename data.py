@@ -154,17 +154,17 @@ def parse_archive(name, archive, path):
                 # the copy spells the one film without a name "unkonwn", and cuts years off titles
                 rows = [(item, "unknown" if title == "unkonwn" else f"{title} ({year})")
                         for item, title, year, _ in (line.split("\t") for line in titles)]
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        events = parse(ratings, path)._replace(titles={row[0]: row[1] for row in rows}, layout="")
+        if name == "ml-100k":
+            table = np.stack([np.array(events.user_ids, np.int64)[events.users],
+                              np.array(events.item_ids, np.int64)[events.items], events.times], 1)
+            table = table[np.lexsort(table.T[::-1])]
+            if hashlib.sha256(table.astype("<i8").tobytes()).hexdigest() != ML_100K_EVENTS:
+                raise ValueError("not the 100,000 events of ML-100K")
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, IndexError) as error:
         raise DataError(f"{path} is not an archive of {name} ({error}): "
                         "delete it to have it fetched again") from None
-    events = parse(ratings, path)
-    if name == "ml-100k":
-        table = np.stack([np.array(events.user_ids, np.int64)[events.users],
-                          np.array(events.item_ids, np.int64)[events.items], events.times], 1)
-        table = table[np.lexsort(table.T[::-1])]
-        if hashlib.sha256(table.astype("<i8").tobytes()).hexdigest() != ML_100K_EVENTS:
-            raise DataError(f"{path} does not hold the 100,000 events of ML-100K: delete it")
-    return events._replace(titles={row[0]: row[1] for row in rows}, layout="")
+    return events
 
 
 # ---------------------------------------------------------------------------------------------
