@@ -26,6 +26,7 @@ import difflib
 import errno
 import itertools
 import json
+import math
 import mmap
 import multiprocessing
 import shlex
@@ -347,7 +348,7 @@ def fit_epoch(data, rows, config, folder, run):
 def learning_rate(config, done):
     """The step size after a fraction `done` of --epochs: --lr, or half a cosine from it to 0."""
     cosine = config["schedule"] == "cosine"
-    return config["lr"] * (0.5 * (1 + np.cos(np.pi * done)) if cosine else 1)
+    return config["lr"] * (0.5 * (1 + math.cos(math.pi * done)) if cosine else 1)
 
 
 def finite(params):
