@@ -493,6 +493,13 @@ import pytest  # noqa: E402
 import data as reader  # noqa: E402
 import train  # noqa: E402
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def python(*arguments):
+    """What subprocess needs to run one of our programs."""
+    return {"args": [sys.executable, *map(str, arguments)], "cwd": HERE}
+
 
 # ---------------------------------------------------------------------------------------------
 # Derivatives, and the grader itself
@@ -594,9 +601,8 @@ def test_an_exercise_from_end_to_end(name, tmp_path, capsys):
 
 
 def test_the_list_of_exercises_and_a_wrong_name():
-    here = os.path.dirname(os.path.abspath(__file__))
     for arguments, code in (([], 0), (["no_such"], 2)):
-        done = subprocess.run([sys.executable, "test_lrurec.py", *arguments], cwd=here, text=True,
+        done = subprocess.run(**python("test_lrurec.py", *arguments), text=True,
                               capture_output=True)
         assert done.returncode == code and "layer_norm" in done.stdout + done.stderr
 
@@ -1176,9 +1182,11 @@ def test_workers_answer_in_order_and_see_shared_arrays_change(monkeypatch, n, ca
             list(call(range(7, 10)))
 
 
+needs_fork = pytest.mark.skipif(not train.CAN_FORK, reason="no processes here")
+
+
+@needs_fork
 def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(tmp_path, capsys, monkeypatch):
-    if not train.CAN_FORK:
-        pytest.skip("no processes here")
     parent = os.getpid()
     monkeypatch.setattr(lrurec, "loss_and_grads",
                         lambda *args: os.getpid() != parent and os.kill(os.getpid(), 9))
@@ -1188,9 +1196,8 @@ def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(tmp_path, cap
     assert "out of memory" in error and error.count("\n") == 1, error
 
 
+@needs_fork
 def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tmp_path, capsys, monkeypatch):
-    if not train.CAN_FORK:
-        pytest.skip("no processes here")
     fork, forks = os.fork, []
 
     def no_second_fork():
@@ -1209,15 +1216,13 @@ def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tmp_path, capsys
     assert len(forks) == 2 and not multiprocessing.active_children()
 
 
+@needs_fork
 @pytest.mark.parametrize("name, code, n_lines", [("SIGINT", 130, 2), ("SIGKILL", -9, 0)])
 def test_no_worker_outlives_the_program(tmp_path, name, code, n_lines):
-    if not train.CAN_FORK:
-        pytest.skip("no processes here")
-    file, here = toy_file(tmp_path / "toy.csv", 400), os.path.dirname(os.path.abspath(__file__))
-    command = [sys.executable, "train.py", "--data", file, "--epochs", "1000", "--patience", "1000",
-               "--threads", "2", *TINY, "--out", str(tmp_path / "r")]
-    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, start_new_session=True) as process:
+    program = python("train.py", "--data", toy_file(tmp_path / "toy.csv", 400), "--epochs", 1000,
+                     "--patience", 1000, "--threads", 2, *TINY, "--out", tmp_path / "r")
+    with subprocess.Popen(**program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:
         while not process.stdout.readline().startswith("epoch"):
             pass
         time.sleep(0.2)                            # amid the second epoch
@@ -1438,15 +1443,13 @@ def test_recommend(model, capsys):
 def test_any_alphabet_in_any_terminal(tmp_path):
     words = "дом кот лес сад пол".split()
     text = "".join(f"u{u},{word},{t}\n" for u in range(6) for t, word in enumerate(words))
-    here, file = os.path.dirname(os.path.abspath(__file__)), write(tmp_path / "f.csv", text)
-    command = [sys.executable, "train.py", "--data", file, "--out", str(tmp_path / "r"),
-               "--epochs", "1", *TINY]
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
-    subprocess.run(command, cwd=here, env=environment, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "train.py", "recommend", str(tmp_path / "r/model.npz")],
-                          cwd=here, env=environment, input="дом\n".encode(), capture_output=True)
+    options = {"env": {**os.environ, "PYTHONIOENCODING": "cp1252"}, "capture_output": True}
+    file, recommend = write(tmp_path / "f.csv", text), ["recommend", tmp_path / "r" / "model.npz"]
+    subprocess.run(**python("train.py", "--data", file, "--out", tmp_path / "r", "--epochs", 1,
+                            *TINY), **options, check=True)
+    done = subprocess.run(**python("train.py", *recommend), **options, input="дом\n".encode())
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, "cp1252 cannot spell it"
-    done = subprocess.run([*done.args, "дом"], cwd=here, env=environment, capture_output=True)
+    done = subprocess.run(**python("train.py", *recommend, "дом"), **options)
     assert done.returncode == 0 and b"\\u043a\\u043e\\u0442" in done.stdout
 
 
@@ -1547,23 +1550,19 @@ def test_bench_measures_what_it_says_and_leaves_the_model_alone(tmp_path, capsys
 # Nothing lost, and the front door
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
-    file, here = toy_file(tmp_path / "toy.csv"), os.path.dirname(os.path.abspath(__file__))
-    command = [sys.executable, "train.py", "--data", file, "--epochs", "40", "--patience", "99",
-               "--threads", "2", *TINY, "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], cwd=here, check=True, capture_output=True)
-    out = tmp_path / "killed"
+    out, start = tmp_path / "killed", ["--data", toy_file(tmp_path / "toy.csv"), "--epochs", 40,
+                                       "--patience", 99, "--threads", 2, *TINY]
+    assert run(*start, "--out", tmp_path / "whole") == 0
     for epochs_before in (1, 12, 25):              # kill -9, somewhere in the epoch after these
-        resume = ["--resume"] if out.exists() else []
-        started = [sys.executable, "train.py", *resume, "--out", str(out)] if resume else [
-            *command, str(out)]
-        with subprocess.Popen(started, cwd=here, stdout=subprocess.PIPE, text=True) as process:
+        program = python("train.py", *(["--resume"] if out.exists() else start), "--out", out)
+        with subprocess.Popen(**program, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 if line.startswith("epoch") and int(line.split()[1]) > epochs_before:
                     process.kill()
                     break
         for name in ("model.npz", "last.npz"):
             lrurec.load(out / name)                # the old one or the new one, never half of one
-    assert run("--resume", "--out", out, "--epochs", 40, "--patience", 99) == 0
+    assert run("--resume", "--out", out) == 0
     for name in ("model.npz", "last.npz"):
         (params, _), (expected, _) = (lrurec.load(tmp_path / r / name) for r in ("killed", "whole"))
         assert all((params[n] == expected[n]).all() for n in expected)
@@ -1594,8 +1593,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def readme_commands():
-    here = os.path.dirname(os.path.abspath(__file__))
-    with open(os.path.join(here, "README.md"), encoding="utf-8") as file:
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         blocks = re.findall(r"^```\n(.*?)^```", file.read(), re.S | re.M)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line.partition("  #")[0].strip() for line in lines if line.startswith("python ")]
