@@ -1122,26 +1122,35 @@ def test_markov_and_popularity_by_hand():
     assert markov[0].argmax() == 3 and markov[1].argmax() == 2 and markov[2].argmax() == 2
 
 
-def toy_file(path, users=30, items=12, events=12):
-    """Users walk round a ring of items: the next item is the one after, most of the time."""
-    rng, lines = np.random.default_rng(0), ["user,item,time"]
-    for u in range(users):
-        item = rng.integers(items)
-        for t in range(events):
-            item = (item + (1 if rng.random() < 0.9 else 5)) % items
-            lines.append(f"u{u},i{item},{t}")
-    return write(path, "\n".join(lines))
-
-
 TINY = ["--d-model", "8", "--batch-size", "8", "--lr", "0.02", "--dropout", "0.1", "--seed", "3"]
 
 
-def test_a_whole_tiny_run(tmp_path, refused, capsys):
-    file, out = toy_file(tmp_path / "toy.csv"), tmp_path / "run"
-    assert run("--data", file, "--out", out, "--epochs", 12, *TINY) == 0
-    printed = capsys.readouterr()
+def tiny_run(folder, users=30, items=14):
+    """Flags of a run that takes a tenth of a second. Its users walk round a ring of items: the
+    next item is the one after, most of the time."""
+    rng, lines = np.random.default_rng(0), ["user,item,time"]
+    for u in range(users):
+        item = rng.integers(items)
+        for t in range(12):
+            item = (item + (1 if rng.random() < 0.9 else 5)) % items
+            lines.append(f"u{u},i{item},{t}")
+    return ["--data", write(folder / "toy.csv", "\n".join(lines)), *TINY]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return tiny_run(tmp_path)
+
+
+def report_in(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_whole_tiny_run(tiny, tmp_path, refused, capsys):
+    out = tmp_path / "run"
+    assert run(*tiny, "--out", out, "--epochs", 12) == 0
+    printed, report = capsys.readouterr(), report_in(out)
     assert "Markov chain" in printed.out and printed.err == "", "progress stays out of a pipe"
-    report = json.loads((out / "metrics.json").read_text())
     assert report["history"][-1]["loss"] < report["history"][0]["loss"] - 0.5
     assert report["validation"]["Recall@10"] == max(h["Recall@10"] for h in report["history"])
     assert set(report) == {"data", "config", "epoch", "seconds", "history", "validation", "test",
@@ -1150,7 +1159,7 @@ def test_a_whole_tiny_run(tmp_path, refused, capsys):
     assert run("evaluate", out / "model.npz") == 0
     row = next(line for line in printed.out.splitlines() if line.startswith("LRURec")).split()
     assert row[1:] == capsys.readouterr().out.splitlines()[-1].split()[1:]
-    assert "holds a run" in refused("--data", file, "--out", out, *TINY)
+    assert "holds a run" in refused(*tiny, "--out", out)
 
 
 @pytest.mark.parametrize("n_rows, n_parts", [(1500, 2), (2900, 2), (7500, 8), (11500, 12)])
@@ -1195,16 +1204,17 @@ needs_fork = pytest.mark.skipif(not train.CAN_FORK, reason="no processes here")
 
 
 @needs_fork
-def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(tmp_path, refused, monkeypatch):
+def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(tiny, tmp_path, refused,
+                                                                   monkeypatch):
     parent = os.getpid()
     monkeypatch.setattr(lrurec, "loss_and_grads",
                         lambda *args: os.getpid() != parent and os.kill(os.getpid(), 9))
-    assert "out of memory" in refused("--data", toy_file(tmp_path / "toy.csv"), "--out",
-                                      tmp_path / "r", *TINY, "--threads", 2)
+    assert "out of memory" in refused(*tiny, "--out", tmp_path / "r", "--threads", 2)
 
 
 @needs_fork
-def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tmp_path, refused, monkeypatch):
+def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tiny, tmp_path, refused,
+                                                                monkeypatch):
     fork, forks = os.fork, []
 
     def no_second_fork():
@@ -1214,8 +1224,7 @@ def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tmp_path, refuse
         return fork()
 
     monkeypatch.setattr(os, "fork", no_second_fork)
-    assert "--threads" in refused("--data", toy_file(tmp_path / "toy.csv"), "--out",
-                                  tmp_path / "r", *TINY, "--threads", 2)
+    assert "--threads" in refused(*tiny, "--out", tmp_path / "r", "--threads", 2)
     for child in multiprocessing.active_children():
         child.join(5)
     assert len(forks) == 2 and not multiprocessing.active_children()
@@ -1224,8 +1233,8 @@ def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tmp_path, refuse
 @needs_fork
 @pytest.mark.parametrize("name, code, n_lines", [("SIGINT", 130, 2), ("SIGKILL", -9, 0)])
 def test_no_worker_outlives_the_program(tmp_path, name, code, n_lines):
-    program = python("train.py", "--data", toy_file(tmp_path / "toy.csv", 400), "--epochs", 1000,
-                     "--patience", 1000, "--threads", 2, *TINY, "--out", tmp_path / "r")
+    program = python("train.py", *tiny_run(tmp_path, users=400), "--epochs", 1000, "--patience",
+                     1000, "--threads", 2, "--out", tmp_path / "r")
     with subprocess.Popen(**program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           start_new_session=True) as process:
         while not process.stdout.readline().startswith("epoch"):
@@ -1243,43 +1252,43 @@ def test_no_worker_outlives_the_program(tmp_path, name, code, n_lines):
 def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SHARD_ROWS", 5)    # more shards than slots for their gradients
     monkeypatch.setattr(train, "GROUP_ROWS", 40)
-    file, last = toy_file(tmp_path / "toy.csv", items=60), []
-    for name, threads, can_fork in (("a", 1, True), ("b", 3, True), ("d", 2, False)):
+    start = tiny_run(tmp_path, items=60)
+
+    def end_of(name):
+        """All that came out, but the seconds it took: arrays, numbers."""
+        params, extra = lrurec.load(tmp_path / name / "last.npz")
+        moments = [value for value in extra.values() if isinstance(value, np.ndarray)]
+        report = report_in(tmp_path / name)
+        numbers = [report["epoch"], report["validation"], report["test"]]
+        return [*params.values(), *moments], numbers + [h["loss"] for h in report["history"]]
+
+    for name, threads, can_fork in (("a", 1, True), ("b", 3, True), ("c", 2, False)):
         monkeypatch.setattr(train, "CAN_FORK", can_fork and train.CAN_FORK)
-        assert run("--data", file, "--out", tmp_path / name, "--epochs", 4, "--threads", threads,
-                   *TINY) == 0
-        last.append(lrurec.load(tmp_path / name / "last.npz"))
-    assert run("--data", file, "--out", tmp_path / "c", "--epochs", 2, *TINY) == 0
-    assert run("--resume", "--out", tmp_path / "c", "--epochs", 4) == 0
-    last.append(lrurec.load(tmp_path / "c" / "last.npz"))
-    for params, extra in last[1:]:
-        assert all((params[name] == last[0][0][name]).all() for name in params)
-        assert all((extra[name] == value).all() for name, value in last[0][1].items()
-                   if isinstance(value, np.ndarray))
-        assert [h["loss"] for h in extra["history"]] == [h["loss"] for h in last[0][1]["history"]]
-    reports = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in "abdc"]
-    assert 0 < reports[0]["test"]["MRR"] < 1
-    for report in reports[1:]:
-        assert all(report[name] == reports[0][name] for name in ("validation", "test", "epoch"))
+        assert run(*start, "--out", tmp_path / name, "--epochs", 4, "--threads", threads) == 0
+    assert run(*start, "--out", tmp_path / "d", "--epochs", 2) == 0
+    assert run("--resume", "--out", tmp_path / "d", "--epochs", 4) == 0
+    arrays, numbers = end_of("a")
+    assert 0 < numbers[2]["MRR"] < 1
+    for name in "bcd":
+        others, other_numbers = end_of(name)
+        assert other_numbers == numbers and len(others) == len(arrays)
+        assert all((a == b).all() for a, b in zip(arrays, others))
 
 
-def test_the_schedule(tmp_path):
+def test_the_schedule(tiny, tmp_path):
+    losses = []
     for schedule, expected in (("constant", [2, 2, 2]), ("cosine", [2, 1, 0])):
         config = {"lr": 2.0, "schedule": schedule}
         found = [train.learning_rate(config, done) for done in (0, 0.5, 1)]
         assert found == pytest.approx(expected)
-    file = toy_file(tmp_path / "toy.csv")
-    assert run("--data", file, "--out", tmp_path / "r", "--epochs", 3, *TINY, "--schedule",
-               "cosine") == 0
-    losses = [h["loss"] for h in json.loads((tmp_path / "r/metrics.json").read_text())["history"]]
-    assert run("--data", file, "--out", tmp_path / "c", "--epochs", 3, *TINY) == 0
-    other = [h["loss"] for h in json.loads((tmp_path / "c/metrics.json").read_text())["history"]]
-    assert losses != other and losses[-1] < losses[0]
+        out = tmp_path / schedule
+        assert run(*tiny, "--out", out, "--epochs", 3, "--schedule", schedule) == 0
+        losses.append([h["loss"] for h in report_in(out)["history"]])
+    assert losses[0] != losses[1] and losses[1][-1] < losses[1][0]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    file, steps = toy_file(tmp_path / "toy.csv"), []
-    real_step = train.train_step
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
+    steps, real_step = [], train.train_step
 
     def interrupted(*arguments):
         steps.append(1)
@@ -1288,7 +1297,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         return real_step(*arguments)
 
     monkeypatch.setattr(train, "train_step", interrupted)
-    assert run("--data", file, "--out", tmp_path / "r", "--epochs", 3, *TINY) == 130
+    assert run(*tiny, "--out", tmp_path / "r", "--epochs", 3) == 130
     assert "--resume" in capsys.readouterr().err
     assert run("--resume", "--out", tmp_path / "r", "--epochs", 3) == 0
 
@@ -1311,25 +1320,23 @@ def test_a_mistake_ends_with_2_and_one_line(arguments, message, refused, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def test_resume_keeps_the_runs_own_epochs_and_patience(tmp_path, refused):
-    file, out = toy_file(tmp_path / "toy.csv"), tmp_path / "r"
-    assert run("--data", file, "--out", out, "--epochs", 3, "--patience", 2, *TINY) == 0
-    epochs = len(json.loads((out / "metrics.json").read_text())["history"])
+def test_resume_keeps_the_runs_own_epochs_and_patience(tiny, tmp_path, refused):
+    out = tmp_path / "r"
+    assert run(*tiny, "--out", out, "--epochs", 3, "--patience", 2) == 0
+    history = report_in(out)["history"]
     assert run("--resume", "--out", out) == 0
-    report = json.loads((out / "metrics.json").read_text())
-    assert len(report["history"]) == epochs and report["config"]["patience"] == 2
+    assert report_in(out)["history"] == history and report_in(out)["config"]["patience"] == 2
     assert "--lr" in refused("--resume", "--out", out, "--lr", 0.5)
     os.remove(out / "model.npz")
     assert "no run to resume" in refused("--resume", "--out", out)
 
 
-def test_runs_without_out_take_folders_of_their_own(tmp_path, monkeypatch, capsys):
-    file = toy_file(tmp_path / "toy.csv")
+def test_runs_without_out_take_folders_of_their_own(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert run("--data", file, "--epochs", 1, *TINY) == 0
+        assert run(*tiny, "--epochs", 1) == 0
     assert sorted(os.listdir("runs")) == ["toy", "toy-2"]
-    assert run("--data", file, "--epochs", 2, "--resume") == 0
+    assert run(*tiny, "--epochs", 2, "--resume") == 0
     assert "run in " + os.path.join("runs", "toy-2") in capsys.readouterr().out
 
 
@@ -1337,30 +1344,28 @@ def test_without_anybody_to_validate_on_the_last_epoch_is_kept(tmp_path, capsys)
     file = write(tmp_path / "f", "".join(f"{u},{i}\n" for u in range(9) for i in (u % 3, 5)))
     assert run("--data", file, "--out", tmp_path / "r", "--min-count", 0, "--epochs", 3,
                "--patience", 1, *TINY) == 0
-    report = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    report = report_in(tmp_path / "r")
     assert report["epoch"] == 3 and report["validation"] is None and report["test"] is None
     assert "no user" in capsys.readouterr().out
 
 
-def test_out_of_memory_is_one_line(tmp_path, refused, monkeypatch):
+def test_out_of_memory_is_one_line(tiny, tmp_path, refused, monkeypatch):
     def too_large(*args, **options):
         raise MemoryError
     monkeypatch.setattr(lrurec, "init_params", too_large)
-    assert "--d-model" in refused("--data", toy_file(tmp_path / "toy.csv"), "--out",
-                                  tmp_path / "r", *TINY)
+    assert "--d-model" in refused(*tiny, "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, refused, monkeypatch):
-    file, steps = toy_file(tmp_path / "toy.csv"), []
-    real_step = train.train_step
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, refused, monkeypatch):
+    steps, real_step = [], train.train_step
 
     def diverging(*arguments):
         steps.append(1)
         return real_step(*arguments) if len(steps) != 7 else np.float32(np.nan)
 
     monkeypatch.setattr(train, "train_step", diverging)
-    message = refused("--data", file, "--out", tmp_path / "r", *TINY)
+    message = refused(*tiny, "--out", tmp_path / "r")
     assert "not finite in epoch 2, batch 3" in message            # 4 batches an epoch
     assert lrurec.load(tmp_path / "r" / "last.npz")[1]["epoch"] == 1
 
@@ -1421,8 +1426,7 @@ def test_why_leaves_each_event_out():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    file = toy_file(folder / "toy.csv", items=14)
-    assert run("--data", file, "--out", folder / "run", "--epochs", 6, *TINY) == 0
+    assert run(*tiny_run(folder), "--out", folder / "run", "--epochs", 6) == 0
     return folder / "run" / "model.npz"
 
 
@@ -1532,11 +1536,10 @@ def test_a_model_from_before_the_later_flags_is_as_good(model, tmp_path, capsys)
     assert train.load_model(tmp_path / "old.npz")[1]["config"] == {**config, **train.OLDER_RUNS}
 
 
-def test_bench_measures_what_it_says_and_leaves_the_model_alone(tmp_path, capsys, monkeypatch):
+def test_bench_measures_what_it_says_and_leaves_the_model_alone(tiny, capsys, monkeypatch):
     monkeypatch.setattr(train, "timed", lambda work, *options: work() is None or 1e-6)
     functions = {name: getattr(lrurec, name) for names in train.PARTS.values() for name in names}
-    file = toy_file(tmp_path / "toy.csv")
-    assert run("bench", "--data", file) == 0
+    assert run("bench", *tiny[:2]) == 0
     out = capsys.readouterr().out
     shares = [int(share) for share in re.findall(r" (\d+)%", out)]
     assert len(shares) == len(train.PARTS) + 1 and 90 < sum(shares) < 110
@@ -1547,9 +1550,8 @@ def test_bench_measures_what_it_says_and_leaves_the_model_alone(tmp_path, capsys
 # ---------------------------------------------------------------------------------------------
 # Nothing lost, and the front door
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path):
-    out, start = tmp_path / "killed", ["--data", toy_file(tmp_path / "toy.csv"), "--epochs", 40,
-                                       "--patience", 99, "--threads", 2, *TINY]
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tiny, tmp_path):
+    out, start = tmp_path / "killed", [*tiny, "--epochs", 40, "--patience", 99, "--threads", 2]
     assert run(*start, "--out", tmp_path / "whole") == 0
     for epochs_before in (1, 12, 25):              # kill -9, somewhere in the epoch after these
         program = python("train.py", *(["--resume"] if out.exists() else start), "--out", out)
@@ -1583,9 +1585,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
     assert lrurec.load(path)[1]["n"] == 1 and os.listdir(tmp_path) == ["m.npz"]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, refused):
-    file = toy_file(tmp_path / "toy.csv")
-    assert file in refused("--data", file, "--out", tmp_path / "toy.csv" / "run")
+def test_a_folder_that_cannot_be_written_is_one_line(tiny, refused):
+    assert tiny[1] in refused(*tiny, "--out", tiny[1] + "/run")
 
 
 def readme_commands():
@@ -1747,11 +1748,10 @@ def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
         assert relative_error(a, b) < 1e-12
 
 
-def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tmp_path, capsys,
-                                                                    monkeypatch):
-    file, out = toy_file(tmp_path / "toy.csv", items=14), tmp_path / "run"
-    device = ["--device", "gpu"]
-    assert run("--data", file, "--out", out, "--epochs", 2, *TINY, *device) == 0
+def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tiny, tmp_path,
+                                                                    capsys, monkeypatch):
+    out, device = tmp_path / "run", ["--device", "gpu"]
+    assert run(*tiny, "--out", out, "--epochs", 2, *device) == 0
     assert run("--resume", "--out", out, "--epochs", 3, *device) == 0
     assert run("evaluate", out / "model.npz", *device) == 0
     assert run("recommend", out / "model.npz", "i3", *device) == 0
@@ -1759,7 +1759,7 @@ def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tmp_pat
     monkeypatch.setattr("sys.stdin", io.StringIO("i3\n"))
     assert run("recommend", out / "model.npz", *device) == 0
     monkeypatch.setattr(train, "timed", lambda work, *options: work() is None or 1e-6)
-    assert run("bench", "--data", file, *device) == 0
+    assert run("bench", *tiny[:2], *device) == 0
     capsys.readouterr()
     gpu("cpu")
     assert run("recommend", out / "model.npz", "i3") == 0
