@@ -1275,16 +1275,18 @@ def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
         assert all((a == b).all() for a, b in zip(arrays, others))
 
 
-def test_the_schedule(tiny, tmp_path):
-    losses = []
-    for schedule, expected in (("constant", [2, 2, 2]), ("cosine", [2, 1, 0])):
-        config = {"lr": 2.0, "schedule": schedule}
-        found = [train.learning_rate(config, done) for done in (0, 0.5, 1)]
-        assert found == pytest.approx(expected)
-        out = tmp_path / schedule
-        assert run(*tiny, "--out", out, "--epochs", 3, "--schedule", schedule) == 0
-        losses.append([h["loss"] for h in report_in(out)["history"]])
-    assert losses[0] != losses[1] and losses[1][-1] < losses[1][0]
+@pytest.mark.parametrize("schedule, expected", [
+    ("constant", [0.02] * 8), ("cosine", 0.01 + 0.01 * np.cos(np.pi * np.arange(8) / 8))])
+def test_the_step_size_at_every_step(schedule, expected, tiny, tmp_path, monkeypatch):
+    used, real_update = [], lrurec.adamw_update
+
+    def update(params, grads, opt, lr, weight_decay):
+        used.append(lr)
+        real_update(params, grads, opt, lr, weight_decay)
+
+    monkeypatch.setattr(lrurec, "adamw_update", update)
+    assert run(*tiny, "--out", tmp_path / "r", "--epochs", 2, "--schedule", schedule) == 0
+    assert used == pytest.approx(expected)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
