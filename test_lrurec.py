@@ -1200,34 +1200,35 @@ def test_workers_answer_in_order_and_see_shared_arrays_change(monkeypatch, n, ca
             list(call(range(7, 10)))
 
 
+def too_large(*arguments, **options):
+    raise MemoryError
+
+
+def killed_worker(*arguments):
+    if multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_second_fork(fork=getattr(os, "fork", None)):
+    if multiprocessing.active_children():
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+    return fork()
+
+
 needs_fork = pytest.mark.skipif(not train.CAN_FORK, reason="no processes here")
 
 
-@needs_fork
-def test_a_worker_that_the_system_kills_ends_the_run_with_one_line(tiny, tmp_path, refused,
-                                                                   monkeypatch):
-    parent = os.getpid()
-    monkeypatch.setattr(lrurec, "loss_and_grads",
-                        lambda *args: os.getpid() != parent and os.kill(os.getpid(), 9))
+@pytest.mark.parametrize("module, name, fails", [
+    (lrurec, "init_params", too_large),
+    pytest.param(lrurec, "loss_and_grads", killed_worker, marks=needs_fork),
+    pytest.param(os, "fork", no_second_fork, marks=needs_fork)])
+def test_out_of_memory_is_one_line_and_leaves_nothing(module, name, fails, tiny, tmp_path, refused,
+                                                      monkeypatch):
+    monkeypatch.setattr(module, name, fails)
     assert "out of memory" in refused(*tiny, "--out", tmp_path / "r", "--threads", 2)
-
-
-@needs_fork
-def test_a_worker_that_cannot_start_ends_the_run_and_the_others(tiny, tmp_path, refused,
-                                                                monkeypatch):
-    fork, forks = os.fork, []
-
-    def no_second_fork():
-        forks.append(1)
-        if len(forks) == 2:
-            raise BlockingIOError(errno.EAGAIN, "no more processes")
-        return fork()
-
-    monkeypatch.setattr(os, "fork", no_second_fork)
-    assert "--threads" in refused(*tiny, "--out", tmp_path / "r", "--threads", 2)
     for child in multiprocessing.active_children():
         child.join(5)
-    assert len(forks) == 2 and not multiprocessing.active_children()
+    assert not multiprocessing.active_children() and not (tmp_path / "r").exists()
 
 
 @needs_fork
@@ -1349,14 +1350,6 @@ def test_without_anybody_to_validate_on_the_last_epoch_is_kept(tmp_path, capsys)
     report = report_in(tmp_path / "r")
     assert report["epoch"] == 3 and report["validation"] is None and report["test"] is None
     assert "no user" in capsys.readouterr().out
-
-
-def test_out_of_memory_is_one_line(tiny, tmp_path, refused, monkeypatch):
-    def too_large(*args, **options):
-        raise MemoryError
-    monkeypatch.setattr(lrurec, "init_params", too_large)
-    assert "--d-model" in refused(*tiny, "--out", tmp_path / "r")
-    assert not (tmp_path / "r").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, refused, monkeypatch):
