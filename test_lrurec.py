@@ -1290,18 +1290,25 @@ def test_the_step_size_at_every_step(schedule, expected, tiny, tmp_path, monkeyp
     assert used == pytest.approx(expected)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("happens, code, message", [
+    (ctrl_c, 130, "--resume"), (lambda: np.float32(np.nan), 2, "not finite in epoch 2, batch 3")])
+def test_a_run_that_ends_amid_an_epoch_keeps_those_before(happens, code, message, tiny, tmp_path,
+                                                          capsys, monkeypatch):
     steps, real_step = [], train.train_step
 
-    def interrupted(*arguments):
+    def step(*arguments):                          # four an epoch
         steps.append(1)
-        if len(steps) == 7:
-            raise KeyboardInterrupt
-        return real_step(*arguments)
+        return happens() if len(steps) == 7 else real_step(*arguments)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert run(*tiny, "--out", tmp_path / "r", "--epochs", 3) == 130
-    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(*tiny, "--out", tmp_path / "r", "--epochs", 3) == code
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert lrurec.load(tmp_path / "r" / "last.npz")[1]["epoch"] == 1
     assert run("--resume", "--out", tmp_path / "r", "--epochs", 3) == 0
 
 
@@ -1350,19 +1357,6 @@ def test_without_anybody_to_validate_on_the_last_epoch_is_kept(tmp_path, capsys)
     report = report_in(tmp_path / "r")
     assert report["epoch"] == 3 and report["validation"] is None and report["test"] is None
     assert "no user" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, refused, monkeypatch):
-    steps, real_step = [], train.train_step
-
-    def diverging(*arguments):
-        steps.append(1)
-        return real_step(*arguments) if len(steps) != 7 else np.float32(np.nan)
-
-    monkeypatch.setattr(train, "train_step", diverging)
-    message = refused(*tiny, "--out", tmp_path / "r")
-    assert "not finite in epoch 2, batch 3" in message            # 4 batches an epoch
-    assert lrurec.load(tmp_path / "r" / "last.npz")[1]["epoch"] == 1
 
 
 # ---------------------------------------------------------------------------------------------
