@@ -668,13 +668,6 @@ def test_initial_values(max_phase):
     assert not (params["blocks.0.lru.B"] == params["blocks.1.lru.B"]).any()
 
 
-def test_the_first_loss_is_that_of_a_guess():
-    params = lrurec.init_params(50, rng=np.random.default_rng(0))
-    items = np.random.default_rng(1).integers(1, 51, 300)
-    loss, _ = lrurec.loss_and_grads(params, items, np.roll(items, 1), np.zeros(300, bool))
-    assert loss == pytest.approx(math.log(51), abs=0.1)
-
-
 def test_the_shapes_and_types_that_the_contract_names():
     params = lrurec.init_params(7, 4, rng=np.random.default_rng(0))
     D, H, F = 4, 8, 16
