@@ -724,16 +724,9 @@ def test_score_is_the_training_logits_but_never_recommends_nothing():
     assert relative_error(scores[..., 1:], by_hand[..., 1:]) < 1e-12
 
 
-def test_huge_logits_do_not_overflow():
-    logits, targets = np.array([[1e4, 0, -1e4], [-1e4, -1e4, -2e4]]), np.array([0, 1])
-    loss, cache = lrurec.cross_entropy_forward(logits.copy(), targets, np.array([0.5, 0.5]))
-    assert loss == pytest.approx(0.5 * math.log(2))
-    assert np.isfinite(lrurec.cross_entropy_backward(1, cache)).all()
-
-
-@pytest.mark.parametrize("scale", [1, 1e4])
-def test_the_loss_against_its_definition_whatever_the_size_of_the_logits(scale):
-    hidden, E, bias = scale * real(9, 4), real(8, 4, seed=2), scale * real(8, seed=3)
+@pytest.mark.parametrize("scale, shift", [(1, 0), (1e4, 0), (1e4, -1e6)])
+def test_the_loss_against_its_definition_whatever_the_size_of_the_logits(scale, shift):
+    hidden, E, bias = scale * real(9, 4), real(8, 4, seed=2), scale * real(8, seed=3) + shift
     targets = np.array([1, 0, 7, 3, 3, 0, 2, 5, 6])
     n = np.flatnonzero(targets)
     logits = hidden[n] @ E.T + bias
