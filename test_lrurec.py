@@ -769,15 +769,6 @@ def test_a_long_history_with_eigenvalues_near_one():
         assert relative_error(scan(lam, u, np.zeros(5000, bool)), h) < 1e-10
 
 
-def test_a_user_without_history_is_row_0_alone():
-    params = tiny_params()
-    alone = lrurec.encode(params, np.array([0]), np.array([True]))
-    among = lrurec.encode(params, np.array([3, 0, 5]), np.array([True, True, True]))
-    assert relative_error(among[1], alone[0]) < 1e-12
-    stepped, _ = lrurec.step(params, lrurec.init_state(params), np.array([0]))
-    assert relative_error(stepped[0], alone[0]) < 1e-12
-
-
 def test_what_a_function_returned_is_not_changed_by_a_later_call():
     params, rng = tiny_params(), np.random.default_rng(0)
     first, second = rng.integers(0, 8, 11), rng.integers(0, 8, 11)
