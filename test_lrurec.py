@@ -786,22 +786,15 @@ def test_what_a_function_returned_is_not_changed_by_a_later_call():
     assert all((r == c).all() for r, c in zip(results, copies))
 
 
-def learn(items, targets, starts, n_items, steps=150, d_model=16, lr=0.02, n_blocks=1):
-    """Parameters after full-batch training, and the last loss."""
-    params = lrurec.init_params(n_items, d_model, n_blocks=n_blocks, rng=np.random.default_rng(0))
+def learn(items, targets, starts, steps, d_model=16):
+    """Parameters after full-batch training on items 1..5, and the last loss."""
+    params = lrurec.init_params(5, d_model, n_blocks=1, rng=np.random.default_rng(0))
     opt = lrurec.adamw_init(params)
     for _ in range(steps):
         loss, grads = lrurec.loss_and_grads(params, items, targets, starts)
         lrurec.clip_gradients(grads, 5)
-        lrurec.adamw_update(params, grads, opt, lr, 0)
+        lrurec.adamw_update(params, grads, opt, 0.02, 0)
     return params, loss
-
-
-def test_a_handful_of_sequences_can_be_memorised():
-    items = np.random.default_rng(0).integers(1, 21, 60)
-    starts = np.arange(60) % 12 == 0
-    targets = np.where(np.roll(starts, -1), 0, np.roll(items, -1))
-    assert learn(items, targets, starts, 20)[1] < 0.05
 
 
 def test_the_loss_falls_to_a_markov_chains_entropy_rate_and_not_below():
@@ -818,7 +811,7 @@ def test_the_loss_falls_to_a_markov_chains_entropy_rate_and_not_below():
         starts[:, 0] = True
         return 1 + rows[:, :-1].ravel(), 1 + rows[:, 1:].ravel(), starts.ravel()
 
-    params, _ = learn(*sample(800, 21), V, steps=80, d_model=8)
+    params, _ = learn(*sample(800, 21), steps=80, d_model=8)
     items, targets, starts = sample(1000, 21)
     loss, _ = lrurec.loss_and_grads(params, items, targets, starts)
     cost = -np.log(transition[items - 1, targets - 1])            # of knowing the chain itself
@@ -832,8 +825,8 @@ def test_the_recurrence_learns_what_no_memoryless_model_can():
     targets[:, k:] = rows[:, :-k]
     starts = np.zeros(rows.shape, bool)
     starts[:, 0] = True
-    _, loss = learn(rows.ravel(), targets.ravel(), starts.ravel(), 5, steps=150)
-    _, memoryless = learn(rows.ravel(), targets.ravel(), np.ones(rows.size, bool), 5, steps=50)
+    _, loss = learn(rows.ravel(), targets.ravel(), starts.ravel(), steps=150)
+    _, memoryless = learn(rows.ravel(), targets.ravel(), np.ones(rows.size, bool), steps=50)
     assert loss < 0.2 and memoryless > math.log(5) - 0.1, (loss, memoryless)
 
 
