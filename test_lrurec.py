@@ -856,9 +856,6 @@ def test_save_and_load(tmp_path):
     assert all((again[name] == params[name]).all() for name in params)
     assert extra["note"] == {"a": [1, 2.5, "ü"]} and (extra["table"] == np.arange(3)).all()
     assert os.listdir(tmp_path) == ["m.npz"]
-    (tmp_path / "m.npz").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="not a model file"):
-        lrurec.load(tmp_path / "m.npz")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -983,8 +980,6 @@ def test_filtering_and_order():
     assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
     by_file = reader.prepare(events, "toy", min_count=2, ties="file")
     assert by_file.items.tolist() == [2, 1, 2, 1]
-    with pytest.raises(reader.DataError, match="nobody is left"):
-        reader.prepare(events, "toy", min_count=9)
 
 
 def test_windows_and_histories_by_hand():
