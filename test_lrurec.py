@@ -744,18 +744,27 @@ def test_dropout_keeps_the_expectation():
         assert (out == 0).sum() == n_dropped and out.sum() == pytest.approx(256)
 
 
+def everything(params, items, targets, starts, dropout=0.0):
+    """All that the model's functions return for a batch."""
+    rng = np.random.default_rng(1)
+    loss, grads = lrurec.loss_and_grads(params, items, targets, starts, dropout, rng)
+    hidden, state = lrurec.encode(params, items, starts, return_state=True)
+    x, stepped = lrurec.step(params, state, np.arange(1, 1 + state.shape[1]))
+    return [loss, *grads.values(), hidden, state, x, stepped, lrurec.score(params, x)[:, 1:]]
+
+
+def batch_of(N, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 41, N), rng.integers(0, 41, N), rng.random(N) < 0.1
+
+
 def test_float32_agrees_with_float64():
-    params, rng = tiny_params(n_items=40), np.random.default_rng(0)
+    params = tiny_params(n_items=40)
     single = {name: p.astype(np.complex64 if np.iscomplexobj(p) else np.float32)
               for name, p in params.items()}
-    items, targets = rng.integers(0, 41, 200), rng.integers(0, 41, 200)
-    starts = rng.random(200) < 0.1
-    loss, grads = lrurec.loss_and_grads(params, items, targets, starts)
-    loss32, grads32 = lrurec.loss_and_grads(single, items, targets, starts)
-    assert loss32 == pytest.approx(loss, rel=1e-5)
-    for name in grads:
-        assert grads32[name].dtype == single[name].dtype
-        assert relative_error(grads32[name], grads[name]) < 1e-4, name
+    for a, b in zip(everything(single, *batch_of(200)), everything(params, *batch_of(200))):
+        assert a.dtype == (np.complex64 if np.iscomplexobj(b) else np.float32)
+        assert relative_error(a, b) < 1e-4
 
 
 def test_a_long_history_with_eigenvalues_near_one():
@@ -766,19 +775,10 @@ def test_a_long_history_with_eigenvalues_near_one():
 
 
 def test_what_a_function_returned_is_not_changed_by_a_later_call():
-    params, rng = tiny_params(), np.random.default_rng(0)
-    first, second = rng.integers(0, 8, 11), rng.integers(0, 8, 11)
-
-    def calls(items):
-        hidden, state = lrurec.encode(params, items, STARTS, return_state=True)
-        loss, grads = lrurec.loss_and_grads(params, items, items, STARTS, 0.2,
-                                            np.random.default_rng(1))
-        x, stepped = lrurec.step(params, lrurec.init_state(params, 11), items)
-        return [hidden, state, lrurec.score(params, hidden), x, stepped, *grads.values()]
-
-    results = calls(first)
+    params = tiny_params(n_items=40)
+    results = everything(params, *batch_of(20), dropout=0.2)
     copies = [r.copy() for r in results]
-    calls(second)
+    everything(params, *batch_of(20, seed=1), dropout=0.2)
     assert all((r == c).all() for r, c in zip(results, copies))
 
 
@@ -1669,25 +1669,18 @@ def gpu(monkeypatch):
 
 
 def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
-    params, rng = tiny_params(n_items=30), np.random.default_rng(0)
-    batch = rng.integers(0, 31, 40), rng.integers(0, 31, 40), rng.random(40) < 0.2
+    params, batch = tiny_params(n_items=40), batch_of(40)
     gpu("gpu")
     device = {name: lrurec.xp.asarray(p) for name, p in params.items()}
     opt, config = lrurec.adamw_init(device), {**train.DEFAULTS, "dropout": 0.3}
     DeviceArray.reads = 0
-    loss, grads = lrurec.loss_and_grads(device, *batch)
+    results = everything(device, *batch)
     with train.gradient_workers(device, config, 40) as (params_d, gradients):
         train.train_step(params_d, opt, batch, config, gradients)
     assert DeviceArray.reads == 0, "each wait for the card costs more than the step's kernels"
-    hidden, state = lrurec.encode(device, batch[0], batch[2], return_state=True)
-    x, stepped = lrurec.step(device, state, np.arange(1, 1 + state.shape[1]))
-    results = [loss, *grads.values(), hidden, state, x, stepped]
     results = [lrurec.to_host(result) for result in results]
     gpu("cpu")
-    loss, grads = lrurec.loss_and_grads(params, *batch)
-    hidden, state = lrurec.encode(params, batch[0], batch[2], return_state=True)
-    x, stepped = lrurec.step(params, state, np.arange(1, 1 + state.shape[1]))
-    for a, b in zip(results, [loss, *grads.values(), hidden, state, x, stepped]):
+    for a, b in zip(results, everything(params, *batch)):
         assert relative_error(a, b) < 1e-12
 
 
