@@ -1003,18 +1003,17 @@ def test_ml_100k_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("LRUREC_CACHE", str(tmp_path))
     asked = []
 
-    def failing(url, timeout):
+    def failing(url="the wheel", timeout=0):
         asked.append((url, timeout))
         raise OSError("no route")
 
-    def no_wheel():
-        raise OSError("no index")
-
-    monkeypatch.setattr(reader, "recbole_wheel", no_wheel)
+    monkeypatch.setattr(reader, "recbole_wheel", failing)
     monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
     with pytest.raises(reader.DataError, match="by hand and put it at .*ml-100k.zip"):
         reader.fetch_movielens("ml-100k", opener=failing)
-    assert len(asked) == 2 and asked[0][0].endswith("/ml-100k.zip") and asked[0][1] > 0
+    url, timeout = asked[0]
+    assert asked == [(url, timeout), (url, timeout), ("the wheel", 0)]
+    assert url.endswith("/ml-100k.zip") and timeout > 0
 
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
