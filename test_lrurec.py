@@ -1355,7 +1355,7 @@ def test_one_scan_of_a_long_history_is_the_same_as_stepping_through_it():
 
 
 def test_why_leaves_each_event_out():
-    params, visitor = tiny_params(n_items=30), None
+    params = tiny_params(n_items=30)
     visitor = train.Visitor(params)
     visitor.take([3, 9, 4])
     best, changes = visitor.why()
