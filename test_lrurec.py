@@ -1423,9 +1423,14 @@ def test_a_session_on_a_terminal(model, capsys, monkeypatch):
         assert run("recommend", model) == 0
         return capsys.readouterr().out
 
+    def tables(lines):
+        return [after.splitlines()[:11] for after in talk(lines).split("    after ")[1:]]
+
     out = talk("i3\ni5\nundo\ni4\nwhy\nreset\nundo\nwhy\nwhat is this\nhelp\n")
     assert re.findall(r"    after (\d+)", out) == ["1", "2", "1", "2", "0"]
     assert "changes by" in out and "nothing to undo" in out and "no item" in out and " us" in out
+    first, _, undone, last = tables("i3\ni5\nundo\ni4\n")
+    assert undone == first and last == tables("i3\ni4\n")[1]
     assert "after" not in talk("quit\ni3\n")
     monkeypatch.setattr("builtins.input", ctrl_c)
     assert "after" not in talk("")
