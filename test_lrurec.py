@@ -802,10 +802,9 @@ def test_the_loss_falls_to_a_markov_chains_entropy_rate_and_not_below():
         for _ in range(length):
             columns.append(state)
             state = (rng.random((users, 1)) > transition[state].cumsum(1)).sum(1).clip(0, V - 1)
-        rows = np.stack(columns, 1)
-        starts = np.zeros((users, length - 1), bool)
-        starts[:, 0] = True
-        return 1 + rows[:, :-1].ravel(), 1 + rows[:, 1:].ravel(), starts.ravel()
+        rows = 1 + np.stack(columns, 1)
+        starts = np.arange(users * (length - 1)) % (length - 1) == 0
+        return rows[:, :-1].ravel(), rows[:, 1:].ravel(), starts
 
     params, _ = learn(*sample(800, 21), steps=80, d_model=8)
     items, targets, starts = sample(1000, 21)
@@ -815,14 +814,10 @@ def test_the_loss_falls_to_a_markov_chains_entropy_rate_and_not_below():
 
 
 def test_the_recurrence_learns_what_no_memoryless_model_can():
-    k, length, rng = 3, 16, np.random.default_rng(0)              # target: the item k steps ago
-    rows = rng.integers(1, 6, (100, length))
-    targets = np.zeros_like(rows)
-    targets[:, k:] = rows[:, :-k]
-    starts = np.zeros(rows.shape, bool)
-    starts[:, 0] = True
-    _, loss = learn(rows.ravel(), targets.ravel(), starts.ravel(), steps=150)
-    _, memoryless = learn(rows.ravel(), targets.ravel(), np.ones(rows.size, bool), steps=50)
+    items, place = np.random.default_rng(0).integers(1, 6, 1600), np.arange(1600) % 16
+    targets = np.where(place < 3, 0, np.roll(items, 3))           # the item 3 steps ago
+    _, loss = learn(items, targets, place == 0, steps=150)
+    _, memoryless = learn(items, targets, place >= 0, steps=50)
     assert loss < 0.2 and memoryless > math.log(5) - 0.1, (loss, memoryless)
 
 
