@@ -1355,10 +1355,10 @@ def test_why_leaves_each_event_out():
     visitor.take([3, 9, 4])
     best, changes = visitor.why()
     assert best == visitor.top()[0][0]
-    for n, without in enumerate(([9, 4], [3, 4], [3, 9])):
-        scores = [lrurec.score(params, lrurec.encode(params, np.array(h), np.zeros(len(h), bool)))
-                  [-1, best] for h in (without, [3, 9, 4])]
-        assert changes[n] == pytest.approx(scores[0] - scores[1], rel=1e-9)
+    whole, *without = [
+        lrurec.score(params, lrurec.encode(params, np.array(h), np.zeros(len(h), bool)))[-1, best]
+        for h in ([3, 9, 4], [9, 4], [3, 4], [3, 9])]
+    assert changes == pytest.approx(np.array(without) - whole, rel=1e-9)
     alone = train.Visitor(params)
     alone.add(5)
     assert len(alone.why()[1]) == 1, "without its only event a history is the empty one"
