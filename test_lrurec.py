@@ -456,14 +456,12 @@ def grade_file(path):
         for grader in graders:
             try:
                 grader(L)
-                print(f"{exercise}: {grader.__name__}: right")
+                found = "right"
             except AssertionError as error:
-                failed = True
-                print(f"{exercise}: {grader.__name__}: {error}")
+                failed, found = True, error
             except Exception as error:
-                failed = True
-                print(f"{exercise}: {grader.__name__}: your code raised "
-                      f"{type(error).__name__}: {error}")
+                failed, found = True, f"your code raised {type(error).__name__}: {error}"
+            print(f"{exercise}: {grader.__name__}: {found}")
     return int(failed)
 
 
