@@ -1586,9 +1586,6 @@ class DeviceArray:
     def __bool__(self):
         return bool(self.get())
 
-    def __iter__(self):
-        return map(wrapped, self.inside)
-
 
 def unwrapped(x):
     if isinstance(x, np.ndarray):
@@ -1631,9 +1628,9 @@ class StandIn:
             synchronize = staticmethod(lambda: None)
 
     def __init__(self):
-        for name in ("append arange ascontiguousarray concatenate cumsum empty empty_like exp "
-                     "flatnonzero full isfinite log maximum minimum multiply ones ones_like roll "
-                     "sqrt stack tanh vdot where zeros zeros_like").split():
+        for name in ("append arange concatenate cumsum empty_like exp flatnonzero full isfinite "
+                     "log maximum minimum multiply ones ones_like roll sqrt stack tanh vdot where "
+                     "zeros zeros_like").split():
             setattr(self, name, on_device(getattr(np, name)))
 
     def ElementwiseKernel(self, inputs, outputs, body, name):
