@@ -596,21 +596,21 @@ def test_an_exercise_from_end_to_end(name, tmp_path, capsys):
     asked = EXERCISES[name][1]
     assert "Derivative:" not in text.split(f"def {asked[0]}(")[1]
 
-    def grade_with(bodies):
+    own = {function: inspect.getsource(getattr(lrurec, function)) for function in asked}
+
+    def grade_with(changed):
         filled = text
-        for function, body in zip(asked, bodies):
+        for function, body in {**own, **changed}.items():
             filled = filled.replace(skeleton(function), body)
         write(tmp_path / "mine.py", filled)
         return exercise_main([mine])
 
-    own = [inspect.getsource(getattr(lrurec, function)) for function in asked]
-    assert grade_with(own) == 0, capsys.readouterr().out
+    assert grade_with({}) == 0, capsys.readouterr().out
     before = {function: getattr(lrurec, function) for function in asked}
-    for function in asked:                         # empty, then one by one broken
-        assert grade_with([skeleton(f) if f == function else o for f, o in zip(asked, own)]) == 1
+    for function, body in own.items():             # one by one empty, then broken
+        assert grade_with({function: skeleton(function)}) == 1
         right, wrong = next((r, w) for f, r, w, _ in BROKEN if f == function)
-        broken = [o.replace(right, wrong) if f == function else o for f, o in zip(asked, own)]
-        assert grade_with(broken) == 1
+        assert grade_with({function: body.replace(right, wrong)}) == 1
     assert all(getattr(lrurec, function) is before[function] for function in asked)
 
 
