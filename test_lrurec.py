@@ -1521,15 +1521,11 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
     assert lrurec.load(path)[1]["n"] == 1 and os.listdir(tmp_path) == ["m.npz"]
 
 
-def readme_commands():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        blocks = re.findall(r"^```\n(.*?)^```", file.read(), re.S | re.M)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [line.partition("  #")[0].strip() for line in lines if line.startswith("python ")]
-
-
 def test_every_command_in_the_readme_parses():
-    commands = [part for line in readme_commands() for part in line.split("&&")]
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        code = "".join(re.findall(r"^```\n(.*?)^```", file.read(), re.S | re.M))
+    lines = [line.partition("  #")[0] for line in code.splitlines() if line.startswith("python ")]
+    commands = [part for line in lines for part in line.split("&&")]
     for command in commands:
         words = shlex.split(command.partition(">")[0])
         if words[1] == "train.py":
