@@ -1009,15 +1009,13 @@ def test_ml_100k_sources(tmp_path, monkeypatch):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("ml-100k/u.data", "1\t2\t3\t4\n")
-        file.writestr("ml-100k/u.item", "1|Toy Story (1995)|\n2|Caf\u00e9 (1990)|\n"
-                      .encode("latin-1"))
+        file.writestr("ml-100k/u.item", b"1|Toy Story (1995)|\n2|Caf\xe9 (1990)|\n")   # Latin-1
     serve = lambda url, timeout: io.BytesIO(archive.getvalue())   # noqa: E731
     with pytest.raises(reader.DataError, match="100,000 events"):
         reader.fetch_movielens("ml-100k", opener=serve)
     assert os.listdir(tmp_path) == []
-    events = np.array([[1, 2, 4]], "<i8")
-    monkeypatch.setattr(reader, "ML_100K_EVENTS",
-                        reader.hashlib.sha256(events.tobytes()).hexdigest())
+    digest = reader.hashlib.sha256(np.array([1, 2, 4], "<i8").tobytes()).hexdigest()
+    monkeypatch.setattr(reader, "ML_100K_EVENTS", digest)
     path = reader.fetch_movielens("ml-100k", opener=serve)
     assert reader.parse_archive("ml-100k", path, path).titles["2"] == "Caf\u00e9 (1990)"
     assert reader.fetch_movielens("ml-100k", opener=failing) == path, "the cache serves"
