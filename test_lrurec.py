@@ -956,16 +956,11 @@ def test_no_code_runs_from_a_model_file(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def toy_events(rows):
-    users, items, times = np.array(rows).T
-    return reader.Events(users, items, times, [str(u) for u in range(users.max() + 1)],
-                         [str(i) for i in range(items.max() + 1)])
-
-
 def test_filtering_and_order():
     # item 3 has one event; then user 2 has one; the repeat of (0, 1) is dropped first
-    events = toy_events([(0, 1, 5), (0, 1, 5), (0, 2, 4), (1, 2, 1), (1, 1, 1), (2, 3, 1),
-                         (2, 1, 9)])
+    users, items, times = np.array([(0, 1, 5), (0, 1, 5), (0, 2, 4), (1, 2, 1), (1, 1, 1),
+                                    (2, 3, 1), (2, 1, 9)]).T
+    events = reader.Events(users, items, times, list("012"), list("0123"))
     data = reader.prepare(events, "toy", min_count=2)
     assert data.item_ids == ["", "1", "2"]
     assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
