@@ -362,10 +362,6 @@ def grade_step(L):
     assert states.shape == (2, 4, 5)
 
 
-def pair(name):
-    return [name + "_forward", name + "_backward"]
-
-
 # name -> the functions shown whole, the functions to write, their graders; easy to hard
 EXERCISES = {
     "linear": (["linear_forward"], ["linear_backward"], [grade_linear]),
