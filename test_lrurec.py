@@ -861,7 +861,7 @@ GOOD = {  # what the file holds -> columns; each says: user 1 saw 10 at 100, 11 
     "RecBole's .inter": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
                          "1\t10\t5\t100\n1\t11\t3\t200\n2\t10\t1\t50\n", None),
     "byte-order mark, CRLF, blank lines, spaces, quotes, other column order":
-        ("\ufeffts,movieId,userId\r\n100,10,1\r\n\r\n200, 11 , 1\r\n50,\"10\",2", None),
+        ("\ufeffts,movieId,userId\r\n100,10,1\r\n\r\n200, 11 , 1\r\n50, \"10\",2", None),
     "Amazon, no header": ("1,10,5.0,100\n1,11,3.0,200\n2,10,1.0,50", None),
     "floating times": ("uid,sid,time\n1,10,100.0\n1,11,2e2\n2,10,50.0", None),
     "extra columns": ("user,x,item,y,time\n1,,10,,100\n1,,11,,200\n2,a,10,\"b,c\",50", None),
