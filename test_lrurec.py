@@ -386,9 +386,9 @@ GRADERS = {grader.__name__: grader for _, _, graders in EXERCISES.values() for g
 GRADERS.update(grade_embedding=grade_embedding, grade_output_loss=grade_output_loss)
 
 
-def copy_of_lrurec():
-    """A second lrurec, in which functions can be replaced without touching the first."""
-    spec = importlib.util.spec_from_file_location("lrurec_copy", lrurec.__file__)
+def import_file(name, path):
+    """A module of its own: of lrurec a copy, whose functions can be replaced in it alone."""
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -430,14 +430,12 @@ def write_exercise(name):
 
 def grade_file(path):
     """Grade every function of lrurec that the file defines -> exit code 0 or 1."""
-    spec = importlib.util.spec_from_file_location("mine", path)
-    mine = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(mine)
+        mine = import_file("mine", path)
     except Exception as error:
         print(f"{path} cannot be run: {type(error).__name__}: {error}")
         return 1
-    L = copy_of_lrurec()
+    L = import_file("lrurec_copy", lrurec.__file__)
     defined = {name for name, value in vars(mine).items() if inspect.isfunction(value)
                and value.__module__ == "mine" and hasattr(lrurec, name)}
     for name in defined:
@@ -576,7 +574,8 @@ BROKEN = [  # function, its right code, a plausible wrong version, the hint
 @pytest.mark.parametrize("case", range(len(BROKEN)))
 def test_wrong_versions_are_refused_with_the_right_hint(case):
     name, right, wrong, message = BROKEN[case]
-    L, source = copy_of_lrurec(), inspect.getsource(getattr(lrurec, name))
+    L = import_file("lrurec_copy", lrurec.__file__)
+    source = inspect.getsource(getattr(lrurec, name))
     assert source.count(right) == 1, f"{name} no longer has {right!r}"
     exec(source.replace(right, wrong), vars(L))
     with pytest.raises(AssertionError) as error:
