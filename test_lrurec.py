@@ -1115,6 +1115,18 @@ def test_shards_are_cut_at_the_walls_nearest_to_equal_parts(n_rows, n_parts):
     assert len(train.shards(items, targets, one_user)) == 1
 
 
+def test_the_gradients_of_the_shards_add_up_to_those_of_the_batch(monkeypatch):
+    monkeypatch.setattr(train, "SHARD_ROWS", 9)
+    params, batch = tiny_params(n_items=40), batch_of(60)
+    batch[1][:20] = 0                              # a shard counts by its targets
+    config = {**train.DEFAULTS, "dropout": 0.0, "threads": 1}
+    with train.gradient_workers(params, config, 60) as (_, gradients):
+        loss, grads = gradients(batch, 0)
+    expected, whole = lrurec.loss_and_grads(params, *batch)
+    assert loss == pytest.approx(expected, rel=1e-12)
+    assert all(relative_error(grads[name], whole[name]) < 1e-10 for name in params)
+
+
 @pytest.mark.parametrize("n, can_fork", [(1, True), (2, True), (3, True), (2, False)])
 def test_workers_answer_in_order_and_see_shared_arrays_change(monkeypatch, n, can_fork):
     monkeypatch.setattr(train, "CAN_FORK", can_fork and train.CAN_FORK)
