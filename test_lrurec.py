@@ -1278,12 +1278,15 @@ def test_a_mistake_ends_with_2_and_one_line(arguments, message, refused, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def test_resume_keeps_the_runs_own_epochs_and_patience(tiny, tmp_path, refused):
+def test_patience_ends_a_run_and_resume_keeps_it(tiny, tmp_path, refused):
     out = tmp_path / "r"
-    assert run(*tiny, "--out", out, "--epochs", 3, "--patience", 2) == 0
-    history = report_in(out)["history"]
+    assert run(*tiny, "--out", out, "--epochs", 40, "--patience", 2) == 0
+    report = report_in(out)
+    recalls = [h["Recall@10"] for h in report["history"]]
+    assert report["epoch"] == 1 + np.argmax(recalls) == len(recalls) - 2
     assert run("--resume", "--out", out) == 0
-    assert report_in(out)["history"] == history and report_in(out)["config"]["patience"] == 2
+    assert report_in(out)["history"] == report["history"]
+    assert report_in(out)["config"]["patience"] == 2
     assert "--lr" in refused("--resume", "--out", out, "--lr", 0.5)
     os.remove(out / "model.npz")
     assert "no run to resume" in refused("--resume", "--out", out)
