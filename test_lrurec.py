@@ -1226,13 +1226,17 @@ def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("schedule, expected", [
     ("constant", [0.02] * 8), ("cosine", 0.01 + 0.01 * np.cos(np.pi * np.arange(8) / 8))])
-def test_the_step_size_at_every_step(schedule, expected, tiny, tmp_path, monkeypatch):
+def test_step_size_decay_and_clipping_at_every_step(schedule, expected, tiny, tmp_path,
+                                                    monkeypatch):
     used, real_update = [], lrurec.adamw_update
 
     def update(params, grads, opt, lr, weight_decay):
+        assert weight_decay == 0.01
+        assert lrurec.clip_gradients(grads, np.inf) == pytest.approx(0.1, rel=1e-3)
         used.append(lr)
         real_update(params, grads, opt, lr, weight_decay)
 
+    monkeypatch.setattr(train, "MAX_NORM", 0.1)
     monkeypatch.setattr(lrurec, "adamw_update", update)
     assert run(*tiny, "--out", tmp_path / "r", "--epochs", 2, "--schedule", schedule) == 0
     assert used == pytest.approx(expected)
