@@ -977,6 +977,7 @@ def test_windows_and_histories_by_hand():
     assert [s.tolist() for s in seen] == [[1, 2, 3, 4, 5]] and truth.tolist() == [6]
     batch = [np.concatenate(b) for b in zip(*reader.batches(rows, 2, np.random.default_rng(0)))]
     assert sorted(batch[1].tolist()) == sorted(rows.targets.tolist())
+    assert batch[1].tolist() != rows.targets.tolist(), "windows come in random order"
 
 
 def test_ml_100k_sources(tmp_path, monkeypatch):
