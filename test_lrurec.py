@@ -961,6 +961,8 @@ def test_filtering_and_order():
     assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
     by_file = reader.prepare(events, "toy", min_count=2, ties="file")
     assert by_file.items.tolist() == [2, 1, 2, 1]
+    drawn = {tuple(reader.prepare(events, "toy", 2, "random", seed).items) for seed in range(9)}
+    assert drawn == {(2, 1, 1, 2), (2, 1, 2, 1)}
 
 
 def test_windows_and_histories_by_hand():
