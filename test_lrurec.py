@@ -1130,6 +1130,22 @@ def test_the_gradients_of_the_shards_add_up_to_those_of_the_batch(monkeypatch):
     assert all(relative_error(grads[name], whole[name]) < 1e-10 for name in params)
 
 
+def test_every_shard_of_every_step_draws_a_dropout_of_its_own(monkeypatch):
+    drawn = []
+
+    def loss_and_grads(params, items, targets, starts, dropout, rng):
+        drawn.append((dropout, rng.random()))
+        return 0.0, {}
+
+    monkeypatch.setattr(train, "SHARD_ROWS", 9)
+    monkeypatch.setattr(lrurec, "loss_and_grads", loss_and_grads)
+    for seed, step in ((1, 0), (1, 1), (2, 0)):
+        config = {**train.DEFAULTS, "dropout": 0.3, "seed": seed, "threads": 1}
+        with train.gradient_workers(tiny_params(), config, 60) as (_, gradients):
+            gradients(batch_of(60), step)
+    assert {dropout for dropout, _ in drawn} == {0.3} and len(set(drawn)) == len(drawn) > 6
+
+
 @pytest.mark.parametrize("n, can_fork", [(1, True), (2, True), (3, True), (2, False)])
 def test_workers_answer_in_order_and_see_shared_arrays_change(monkeypatch, n, can_fork):
     monkeypatch.setattr(train, "CAN_FORK", can_fork and train.CAN_FORK)
