@@ -1096,8 +1096,9 @@ def test_a_whole_tiny_run(tiny, tmp_path, refused, capsys):
                            "baselines"}
     assert sorted(os.listdir(out)) == ["last.npz", "metrics.json", "model.npz"]
     assert run("evaluate", out / "model.npz") == 0
+    validation, test = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     row = next(line for line in printed.out.splitlines() if line.startswith("LRURec")).split()
-    assert row[1:] == capsys.readouterr().out.splitlines()[-1].split()[1:]
+    assert row[1:] == test[1:] and f"{report['validation']['MRR']:.4f}" == validation[-1]
     assert "holds a run" in refused(*tiny, "--out", out)
 
 
