@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Interactions in, sequences and batches out.
 
-    text or archive -> read_file, read_movielens -> Events      one row per event, as in the file
+    text or archive -> read_file, parse_archive  -> Events      one row per event, as in the file
                     -> prepare                   -> Dataset     filtered, ids 1..V, sorted by time
                     -> training_rows, batches    -> items, targets, starts for the model
                     -> histories                 -> items, starts, truth for the evaluation
@@ -176,7 +176,11 @@ TIME_NAMES = {"timestamp", "time", "ts", "unixreviewtime"}
 
 
 def read_file(path, columns=None):
-    """Events of a delimited text file, gzip or not. columns: USER,ITEM[,TIME] as on the flag."""
+    """Events of a delimited text file, gzip or not. Raises DataError.
+
+    columns: a list of texts [USER, ITEM] or [USER, ITEM, TIME], names in the header or numbers from
+    1; None: they are found by their usual names, or by position.
+    """
     try:
         path = os.fspath(path)
         with open(path, "rb") as file:
@@ -316,8 +320,9 @@ def find_columns(row, path, line, columns=None):
 # From events to sequences
 
 def load_dataset(source, min_count=5, ties="item", seed=0, columns=None):
-    """"ml-100k", "ml-1m" or the path of a file -> Dataset. Raises DataError.
+    """source, "ml-100k", "ml-1m" or the path of a file -> Dataset. Raises DataError.
 
+    columns     of a file, as in read_file
     min_count   items, then users, with fewer events are dropped, one pass each; 0 keeps all
     ties        order of a user's events of equal time: "item" by id, as the official code (a
                 pattern that a model can learn), "file" as in the file, "random" drawn from seed

@@ -22,8 +22,8 @@ Sizes                                                  Symbols
     V  items, ids 1..V; id 0 is "nothing yet"                 + i exp(theta_log)), |lam| < 1
     D  model width (64)                                gamma  exp(gamma_log), the input gain
     H  complex state width (2 D)                       u, h   the recurrence's input and state
-    F  feed-forward width (4 D)                        g      the adjoint state, dL/dh through
-    K  blocks (2)                                             all later rows
+    F  feed-forward width (4 D)                        g      the adjoint state: dL/dh_n through
+    K  blocks (2)                                             row n's output and all later rows
 
 Walls. Where starts[n] is True the state is zero before row n: a new user begins, or a new window
 of a long history, or the row after "nothing yet". A wall always stands before row 0.
@@ -34,7 +34,8 @@ Two rules follow: through z = a w comes da = dz conj(w), and through y = Re(z) c
 
 Where the authors' code differs from the text of [1], we follow the code (no feed-through D x; one
 LayerNorm after each residual; biases in the projections; a softmax over item 0 too). Beyond that:
-GELU in its tanh form, and no padding. README, "Where we differ", has the whole list.
+GELU in its tanh form, dropout from random bytes, no padding, every training event a target exactly
+once. README, "Where we differ", has the whole list.
 """
 import json
 import math
@@ -170,7 +171,8 @@ def layer_norm_forward(x, scale, shift, eps=1e-5):
 
     x (N, D), scale (D,), shift (D,) -> out (N, D)
     """
-    average = xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)   # a product: short rows sum slowly
+    # x @ average is the mean of each row: as a product, since to sum short rows is slow
+    average = xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
     xhat = x - x @ average
     rstd = 1 / xp.sqrt((xhat * xhat) @ average + eps)             # (N, 1)
     xhat *= rstd
@@ -183,7 +185,7 @@ def layer_norm_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dscale (D,), dshift (D,)
     Derivative: with dxhat = dout * scale and means taken per row,
     dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)); the two means: x acts through
-    mean and variance too. dscale = sum of dout * xhat over the rows.
+    mean and variance too. dscale = sum of dout * xhat over the rows, dshift = sum of dout.
     """
     xhat, rstd, scale, average = cache
     along = dout * xhat
@@ -218,7 +220,7 @@ def dropout_backward(dout, mask):
 
 
 def _random_bytes(shape, rng):
-    """On the CPU eight from each 64-bit draw: several times faster than to draw as many floats."""
+    """Uniform bytes. On the CPU eight from each 64-bit draw: several times faster than floats."""
     size = math.prod(shape)
     if xp is np:
         bits = rng.integers(2 ** 64 - 1, size=-(-size // 8), dtype=np.uint64, endpoint=True)
@@ -414,7 +416,7 @@ def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
     """u = gamma * (x B + b_B), h_n = lam * h_{n-1} + u_n, out = Re(h C) + b_C.
 
     x (N, D), nu_log, theta_log, gamma_log (H,), B (D, H), b_B (H,), C (H, D), b_C (D,),
-    starts (N,) -> out (N, D). cache["h"] holds the states (N, H).
+    starts (N,) -> out (N, D). gamma = exp(gamma_log). cache["h"] holds the states (N, H).
     """
     lam, lam_cache = lam_forward(nu_log, theta_log)
     gamma = xp.exp(gamma_log)
@@ -453,7 +455,8 @@ BLOCK_NAMES = ["lru." + name for name in LRU_NAMES] + [
 
 
 def block_forward(x, p, starts, dropout=0.0, rng=None):
-    """x = LayerNorm(x + dropout(LRU(x))); out = LayerNorm(x + dropout(FFN(x))).
+    """x = LayerNorm(x + dropout(LRU(x))); out = LayerNorm(x + dropout(FFN(x))), where
+    FFN(x) = dropout(GELU(x W1 + b1)) W2 + b2.
 
     x (N, D), p the block's parameters by BLOCK_NAMES, starts (N,) -> out (N, D)
     """
@@ -507,7 +510,7 @@ def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=No
     .b_B (H,), .C (H, D); lru.b_C (D,); ffn.W1 (D, F), .b1 (F,), .W2 (F, D), .b2 (D,);
     lru_norm and ffn_norm, each .scale and .shift (D,).
     Eigenvalues uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), of which max_phase is
-    the part used: 1 is the full circle, as published; near 0 every channel starts as a moving
+    the part used: 1 is the full circle, as published; near 0 most channels start much like a moving
     average. gamma^2 = 1 - |lam|^2; everything else but the norms normal(0, 0.02), truncated at
     two standard deviations.
     """
@@ -654,7 +657,7 @@ def step(params, state, items):
     x = params["item_embedding"][xp.asarray(items)]
     x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
     new_state = xp.empty_like(state)
-    for k, p in enumerate(blocks(params)):
+    for k, p in enumerate(blocks(params)):         # block_forward's lines, but the scan's: one row
         lam, _ = lam_forward(p["lru.nu_log"], p["lru.theta_log"])
         u, _ = complex_in_forward(x, p["lru.B"], p["lru.b_B"])
         new_state[k] = lam * state[k] + xp.exp(p["lru.gamma_log"]) * u

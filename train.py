@@ -44,7 +44,7 @@ import lrurec
 from data import DataError
 
 SHARD_ROWS = 1000             # a batch is cut into shards of about so many rows
-GROUP_ROWS = 2048             # as many at once in the evaluation
+GROUP_ROWS = 2048             # so many are encoded at once in the evaluation
 MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
@@ -61,7 +61,7 @@ FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
 # Workers
 
 CAN_FORK = sys.platform == "linux"                 # elsewhere it is missing, or not safe
-AHEAD = 2                                          # tasks begun, for each worker
+AHEAD = 2                                          # tasks handed out at once, for each worker
 
 
 @contextlib.contextmanager
@@ -223,7 +223,7 @@ def baseline_scorers(data):
 # Training
 
 def n_shards(n_rows):
-    """An even number, to go in pairs, of about SHARD_ROWS rows each (on a GPU one)."""
+    """An even number, for two workers to share, of about SHARD_ROWS rows each (on a GPU one)."""
     return 1 if lrurec.xp is not np else 2 * max(1, round(n_rows / SHARD_ROWS / 2))
 
 
@@ -310,7 +310,7 @@ def fit_epoch(data, rows, config, folder, run):
     opt, best = run["opt"], run["best"]
     begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
     n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
-    rng = np.random.default_rng([config["seed"], epoch])
+    rng = np.random.default_rng([config["seed"], epoch])          # for the order of the windows
     n_rows = len(rows.items) / n_batches
     with gradient_workers(run["params"], config, n_rows) as (params, gradients):
         for n, batch in enumerate(reader.batches(rows, config["batch_size"], rng), 1):
@@ -326,8 +326,8 @@ def fit_epoch(data, rows, config, folder, run):
         losses[-1] = np.nan                        # the last step broke them
     if not np.isfinite(losses).all():
         batch = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
-        raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr; "
-                        f"{folder} keeps the {epoch - 1} epochs before")
+        kept = f"; {folder} keeps the {epoch - 1} before" if epoch > 1 else ""
+        raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr{kept}")
     validation = evaluate(model_scorer(params), data, "validation", config["max_len"],
                           config["threads"])
     value = validation and validation[BEST]        # None: there is no user to validate on
@@ -623,7 +623,7 @@ def recommend_command(given):
     item_ids, titles = extra["item_ids"], extra["titles"]
     visitor = Visitor(params)
     if given.get("items") and given.get("new_user"):
-        raise DataError("--new-user is for nobody's history: give it, or items, not both")
+        raise DataError("--new-user takes no history: give it, or items, not both")
     if given.get("items") or given.get("new_user"):
         if given.get("items"):
             visitor.take([find_item(text, item_ids, titles) for text in given["items"]])
@@ -935,7 +935,10 @@ def one_of(*choices):
 
 
 def max_len(text):
-    return None if text == "none" else number(int, 1)(text)
+    try:
+        return None if text == "none" else number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor none") from None
 
 
 def source(text):
@@ -1037,6 +1040,7 @@ def parse_arguments(argv):
         argv = ["train", *argv]
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
+    # argparse leaves over the items that stand behind a flag
     if given["command"] == "recommend" and not any(word.startswith("-") for word in rest):
         given["items"], rest = [*given.get("items", []), *rest], []
     if rest:
