@@ -131,8 +131,7 @@ def shared(arrays):
     common. (On a GPU one process does all the work.)"""
     if lrurec.xp is not np:
         return {name: lrurec.xp.zeros_like(array) for name, array in arrays.items()}
-    memory = {name: mmap.mmap(-1, array.nbytes) for name, array in arrays.items()}
-    return {name: np.frombuffer(memory[name], array.dtype).reshape(array.shape)
+    return {name: np.frombuffer(mmap.mmap(-1, array.nbytes), array.dtype).reshape(array.shape)
             for name, array in arrays.items()}
 
 
