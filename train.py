@@ -740,7 +740,7 @@ PARTS = {"cross-entropy": ["output_loss"],
          "optimizer": ["clip_gradients", "adamw_update"]}
 
 
-def seconds(work):
+def seconds_of(work):
     begin = time.perf_counter()
     work()
     wait_for_device()
@@ -752,7 +752,7 @@ def timed(work, at_least=3):
     work()
     times, end = [], time.perf_counter() + 0.3
     while len(times) < at_least or time.perf_counter() < end:
-        times.append(seconds(work))
+        times.append(seconds_of(work))
     return float(np.median(times))
 
 
@@ -847,8 +847,8 @@ def bench_step(params, batches, config):
     n = min(config["threads"], n_shards(n_rows))
     with (gradient_workers(params, config, n_rows) as (params, gradients),
           workers(floor(params), n) as products):
-        pairs = [[(seconds(lambda: train_step(params, opt, batch, config, gradients)),
-                   seconds(lambda: list(products(shards(*batch))))) for batch in batches]
+        pairs = [[(seconds_of(lambda: train_step(params, opt, batch, config, gradients)),
+                   seconds_of(lambda: list(products(shards(*batch))))) for batch in batches]
                  for _ in range(6)]
     steps, floors = np.array(pairs[1:]).sum(1).T                  # the first round warms up
     events = sum(len(items) for items, _, _ in batches)
