@@ -336,14 +336,14 @@ def scan(lam, u, starts, in_place=False):
     return h
 
 
-def scan_backward(dh, lam, h, starts):
+def scan_backward(dh, lam, h, starts, in_place=False):
     """dh (N, H): dL/dh_n through row n's own output only; lam (H,), h (N, H), starts (N,)
-    -> dlam (H,), du (N, H)
+    -> dlam (H,), du (N, H); in_place turns dh itself into du.
     Derivative: g_n, through all rows, is dh_n + conj(lam) g_{n+1}, the latter unless starts[n+1]:
     the same scan, rows reversed and walls shifted by one. du = g; dlam = sum of conj(h_{n-1}) g_n
     over n >= 1 without a wall.
     """
-    g = dh.copy()
+    g = dh if in_place else dh.copy()
     scan(lam.conj(), g[::-1], xp.roll(starts, -1)[::-1], in_place=True)
     products = h[:-1].conj()
     products *= g[1:]
@@ -436,7 +436,7 @@ def lru_backward(dout, cache):
     """
     gamma, B, b_B = cache["gamma"], cache["B"], cache["b_B"]
     dh, dC, db_C = complex_out_backward(dout, cache["out_cache"])
-    dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"])
+    dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"], in_place=True)
     dx, dB, db_B = complex_in_backward(du, cache["in_cache"])
     dB *= gamma                                    # the layer's own B was gamma * B
     db_B *= gamma
