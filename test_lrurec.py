@@ -539,6 +539,7 @@ BROKEN = [  # function, its right code, a plausible wrong version, the hint
     ("complex_in_backward", "dB.view(dout.dtype)", "dB.view(dout.dtype).conj()", CONJUGATE),
     ("complex_out_backward", "dh.view(dC.dtype)", "dh.view(dC.dtype).conj()", CONJUGATE),
     ("complex_out_backward", "- 1j * dW[1::2]", "+ 1j * dW[1::2]", CONJUGATE),
+    ("scan_backward", "dh if in_place else dh.copy()", "dh", "changed the dh"),
     ("scan_backward", "lam.conj()", "lam", CONJUGATE),
     ("scan_backward", "h[:-1].conj()", "h[:-1].copy()", CONJUGATE),
     ("scan_backward", "xp.roll(starts, -1)[::-1]", "xp.zeros(len(starts), bool)",
