@@ -5,7 +5,7 @@ Read first
     [1] Yue et al., Linear Recurrent Units for Sequential Recommendation, WSDM 2024,
         arXiv 2310.02367: the model, and the recursive parallelization (Algorithm 1).
     [2] Orvieto et al., Resurrecting Recurrent Neural Networks for Long Sequences, ICML 2023,
-        arXiv 2303.06349: the LRU, the ring of eigenvalues, the gain gamma.
+        arXiv 2303.06349: the LRU, the ring of eigenvalues, the input gain gamma.
 
 The model
     x = LayerNorm(dropout(E[items]))                             one row per event
@@ -16,110 +16,49 @@ The model
         x   = LayerNorm(x + dropout(dropout(GELU(x W1 + b1)) W2 + b2))
     logits = x E^T + output_bias                                 E is the input embedding again
 
-Sizes                                                  Symbols
-    N  rows, one an event: those of all users in a     E, B, C, W1, W2, b*  parameters
-       batch, back to back, without padding            lam    eigenvalues, exp(-exp(nu_log)
-    V  items, ids 1..V; id 0 is "nothing yet"                 + i exp(theta_log)), |lam| < 1
-    D  model width (64)                                gamma  exp(gamma_log), the input gain
-    H  complex state width (2 D)                       u, h   the recurrence's input and state
-    F  feed-forward width (4 D)                        g      the adjoint state: dL/dh_n through
-    K  blocks (2)                                             row n's output and all later rows
+Sizes                                               Symbols
+    N  rows: the events of all users in a batch,        E, B, C, W1, W2, b*  parameters
+       one after another, without padding               lam    eigenvalues, |lam| < 1:
+    V  items, ids 1..V; id 0 is "nothing yet"                  exp(-exp(nu_log) + i exp(theta_log))
+    D  model width (64)                                 gamma  input gain, exp(gamma_log)
+    H  complex state width (2 D)                        u, h   input and state of the recurrence
+    F  feed-forward width (4 D)                         dh     gradient of h_n by row n's output
+    K  blocks (2)                                       g      the same, by all later rows' too
 
 Walls. Where starts[n] is True the state is zero before row n: a new user begins, or a new window
-of a long history, or the row after "nothing yet". A wall always stands before row 0.
+of a long history. A wall always stands before row 0, whatever starts[0] says. Rows count from 0.
 
-Gradients. The gradient of `name` is `dname`. For a complex z it is stored as
-dL/d(Re z) + i dL/d(Im z), so that dL = Re(conj(dz) * change of z) and z - lr * dz descends.
-Two rules follow: through z = a w comes da = dz conj(w), and through y = Re(z) comes dz = dy.
+Gradients. The gradient of `name` is `dname`. A complex z is two real numbers, and we store
+dz = dL/d(Re z) + i dL/d(Im z), as PyTorch's .grad does; so z - lr * dz descends. With a = p + iq,
+the product z = a w is a real 2x2 matrix acting on w, and gradients go back by its transpose:
 
-Where the authors' code differs from the text of [1], we follow the code (no feed-through D x; one
-LayerNorm after each residual; biases in the projections; a softmax over item 0 too). Beyond that:
-GELU in its tanh form, dropout from random bytes, no padding, every training event a target exactly
-once. README, "Where we differ", has the whole list.
+    [Re z]   [p  -q] [Re w]          [Re dw]   [ p  q] [Re dz]
+    [Im z] = [q   p] [Im w]          [Im dw] = [-q  p] [Im dz]
+
+The transpose is the matrix of p - iq. Hence the conjugate: dw = conj(a) dz, and da = conj(w) dz.
+All entries are plain partial derivatives, so there is no factor 2. y = Re(z) gives dz = dy + 0i.
+
+Where the text of [1] and its authors' code differ, we follow the code: no second GELU after the
+feed-forward (eq. 8), and the residual for D x (eq. 5). Our own: GELU in its tanh form, dropout from
+random bytes, no padding, every event a target once. README, "Where we differ", has the whole list.
 """
+import contextlib
 import json
 import math
 import os
+import zipfile
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------
-# Array backend: every array below is made by xp, which is NumPy or, on request, CuPy.
-
-xp = np
-LOGITS_PER_CHUNK = 2 ** 19        # cross-entropy works on so many logits at once: 2 MB, in cache
+xp = np                           # what makes the arrays: NumPy, or CuPy after use_device("gpu")
 
 
-def use_device(device):
-    """Put all later work on "cpu" (NumPy) or "gpu" (CuPy). Raises RuntimeError if it cannot."""
-    global xp, LOGITS_PER_CHUNK
-    if device not in ("cpu", "gpu"):
-        raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
-    if device == "cpu":
-        xp, LOGITS_PER_CHUNK = np, 2 ** 19
-        return
-    try:
-        import cupy
-        cupy.zeros(1) + 1                          # takes a card, its driver and CUDA's compiler
-    except ImportError:
-        raise RuntimeError("the GPU needs CuPy, which is not installed: python -m pip install "
-                           '"cupy-cuda12x[ctk]" (or cupy-cuda13x, as your driver is)') from None
-    except Exception as error:                     # no card, no driver, no compiler: many types
-        raise RuntimeError(f"CuPy cannot use an NVIDIA GPU ({' '.join(str(error).split())}): use "
-                           "--device cpu, or install a driver and CuPy's [ctk]") from None
-    xp, LOGITS_PER_CHUNK = cupy, 2 ** 26           # a GPU wants few, large operations
-
-
-def to_host(array):
-    """The same values as a NumPy array."""
-    return array if isinstance(array, (np.ndarray, np.generic)) else array.get()
-
-
-def real_view(z):
-    """The same memory, a complex (..., M) array as real (..., 2M): re, im, re, im, ...; a real
-    array as it is."""
-    return z.view(z.real.dtype)
-
-
-_KERNELS = {}
-
-
-def _gpu_kernels():
-    """Two small CUDA kernels (T is the arrays' own type), compiled when first used."""
-    if not _KERNELS:
-        _KERNELS["scan"] = xp.ElementwiseKernel(   # one thread walks one segment of one channel
-            "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
-            long long row = i / H, c = i % H;
-            if (row == 0 || starts[row]) {
-                T state = h[row * H + c];
-                while (++row < N && !starts[row]) {
-                    state = lam[c] * state + h[row * H + c];
-                    h[row * H + c] = state;
-                }
-            }""", "lru_scan")
-        _KERNELS["random"] = xp.ElementwiseKernel(  # splitmix64 (Steele et al. 2014) of seed + i
-            "uint64 seed", "uint8 out", """
-            unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
-            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-            z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-            out = (z ^ (z >> 31)) >> 56;""", "random_bytes")
-    return _KERNELS
-
-
-def sum_rows(x):
-    """x (N, M) -> (M,): the sum over rows, as a product, which is several times faster."""
-    return xp.ones(len(x), x.dtype) @ x
-
-
-# ---------------------------------------------------------------------------------------------
-# Layers: each forward returns (out, cache); its backward stands directly below, and returns
-# the gradients of the inputs that have one, in their order.
+# ---- Layers. Each forward returns (out, cache); its backward stands directly below, and returns
+# the gradients of the forward's inputs in their order.
 
 def linear_forward(x, W, b):
-    """out = x W + b.    x (N, I), W (I, O), b (O,) -> out (N, O)"""
-    out = x @ W
-    out += b
-    return out, (x, W)
+    """out = x W + b.    x (N, I), W (I, O), b (O,) -> out (N, O); cache = (x, W)"""
+    return x @ W + b, (x, W)
 
 
 def linear_backward(dout, cache):
@@ -127,7 +66,7 @@ def linear_backward(dout, cache):
     Derivative: dx = dout W^T, dW = x^T dout, db = sum over rows of dout.
     """
     x, W = cache
-    return dout @ W.T, x.T @ dout, sum_rows(dout)
+    return dout @ W.T, x.T @ dout, dout.sum(0)
 
 
 GELU_C = math.sqrt(2 / math.pi)
@@ -135,74 +74,57 @@ GELU_A = 0.044715
 
 
 def gelu_forward(x):
-    """out = x s, s = sigmoid(2c (x + a x^3)) = (1 + tanh(c (x + a x^3)))/2.   x (...)
-
+    """out = x s, s = (1 + tanh(c (x + a x^3))) / 2.    x (...) -> out (...); cache = (x, s)
     c = sqrt(2/pi), a = 0.044715: the tanh form of Hendrycks and Gimpel, arXiv 1606.08415.
     """
-    s = x * x
-    s *= GELU_C * GELU_A
-    s += GELU_C
-    s *= x
-    xp.tanh(s, out=s)
-    s += 1
-    s *= 0.5
+    s = 0.5 + 0.5 * xp.tanh(x * (GELU_C + GELU_C * GELU_A * (x * x)))
     return x * s, (x, s)
 
 
 def gelu_backward(dout, cache):
     """dout (...) -> dx (...)
-    Derivative: the slope of a sigmoid s is s (1 - s), so
-    dx = dout (s + x s (1 - s) 2c (1 + 3a x^2)).
+    Derivative: (1 + tanh(y)) / 2 is the sigmoid of 2y, and a sigmoid's slope is s (1 - s). With
+    2y = 2c (x + a x^3) and its slope r = 2c (1 + 3a x^2): dx = dout (s + x s (1 - s) r).
     """
     x, s = cache
-    dx = x * x
-    dx *= 6 * GELU_A * GELU_C
-    dx += 2 * GELU_C
-    dx *= x
-    dx *= 1 - s
-    dx += 1
-    dx *= s
-    dx *= dout
-    return dx
+    r = 2 * GELU_C + 6 * GELU_C * GELU_A * (x * x)
+    return dout * (s * (1 + x * r * (1 - s)))
+
+
+def row_mean(x):
+    """x (N, D) -> (N, 1): x.mean(1, keepdims=True), but 3 % of a training step faster."""
+    return x @ xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
 
 
 def layer_norm_forward(x, scale, shift, eps=1e-5):
-    """out = scale * xhat + shift, xhat = (x - mean) / sqrt(var + eps), mean and var per row.
-
-    x (N, D), scale (D,), shift (D,) -> out (N, D)
+    """out = scale * xhat + shift, where in each row xhat = (x - mean) * rstd, and
+    rstd = 1 / sqrt(mean of (x - mean)^2 + eps).
+    x (N, D), scale (D,), shift (D,) -> out (N, D); cache = (xhat (N, D), rstd (N, 1), scale)
     """
-    # x @ average is the mean of each row: as a product, since to sum short rows is slow
-    average = xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
-    xhat = x - x @ average
-    rstd = 1 / xp.sqrt((xhat * xhat) @ average + eps)             # (N, 1)
+    xhat = x - row_mean(x)
+    rstd = 1 / xp.sqrt(row_mean(xhat * xhat) + eps)               # (N, 1)
     xhat *= rstd
-    out = xhat * scale
-    out += shift
-    return out, (xhat, rstd, scale, average)
+    return scale * xhat + shift, (xhat, rstd, scale)
 
 
 def layer_norm_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dscale (D,), dshift (D,)
-    Derivative: with dxhat = dout * scale and means taken per row,
-    dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)); the two means: x acts through
-    mean and variance too. dscale = sum of dout * xhat over the rows, dshift = sum of dout.
+    Derivative: dscale = sum over rows of dout * xhat, dshift = sum over rows of dout. With
+    dxhat = scale * dout, dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)), means taken
+    in each row. The first mean is there since x also moves the mean that is subtracted, the second
+    since x also moves rstd: the change of rstd is -rstd^2 mean(xhat * change of x).
     """
-    xhat, rstd, scale, average = cache
-    along = dout * xhat
-    dscale = sum_rows(along)
-    average = scale[:, None] * average             # dout @ average is now the mean of dxhat
-    dx = dout * scale
-    dx -= dout @ average
-    dx -= xhat * (along @ average)
+    xhat, rstd, scale = cache
+    dxhat = scale * dout
+    dx = dxhat - row_mean(dxhat) - xhat * row_mean(dxhat * xhat)
     dx *= rstd
-    return dx, dscale, sum_rows(dout)
+    return dx, (dout * xhat).sum(0), dout.sum(0)
 
 
 def dropout_forward(x, p, rng):
-    """out = x * mask, mask 0 with probability p, else 1/(1-p) (inverted dropout).   x (N, D)
-
-    A byte is drawn for each entry: p counts as the nearest of 0/256, ..., 255/256. p = 0 draws
-    nothing from rng, a NumPy Generator, and returns x itself.
+    """out = x * mask, mask 0 with probability p, else 1/(1-p) (inverted dropout).
+    x (N, D), rng a NumPy Generator -> out (N, D); cache = mask (N, D), or None for p = 0, where
+    out is x. Each entry draws one byte: p counts as the nearest of 0/256, 1/256, ..., 255/256.
     """
     if p == 0:
         return x, None
@@ -213,151 +135,116 @@ def dropout_forward(x, p, rng):
 
 
 def dropout_backward(dout, mask):
-    """dout (N, D) -> dx (N, D)
-    Derivative: dx = dout * mask, the same mask.
+    """dout (N, D), mask the forward's cache -> dx (N, D)
+    Derivative: dx = dout * mask, the same mask; dx = dout where it is None.
     """
     return dout if mask is None else dout * mask
 
 
 def _random_bytes(shape, rng):
-    """Uniform bytes. On the CPU eight from each 64-bit draw: several times faster than floats."""
+    """Uniform bytes, eight from each 64-bit draw: floats would cost 3 % of a training step."""
     size = math.prod(shape)
-    if xp is np:
-        bits = rng.integers(2 ** 64 - 1, size=-(-size // 8), dtype=np.uint64, endpoint=True)
-        return bits.view(np.uint8)[:size].reshape(shape)
-    return _gpu_kernels()["random"](int(rng.integers(2 ** 63)), size=size).reshape(shape)
+    if xp is not np:
+        return _gpu_random_bytes(int(rng.integers(2 ** 63)), size=size).reshape(shape)
+    bits = rng.integers(2 ** 64 - 1, size=-(-size // 8), dtype=np.uint64, endpoint=True)
+    return bits.view(np.uint8)[:size].reshape(shape)
 
 
-def embedding_forward(E, items):
-    """out = E[items].    E (V+1, D), items (N,) int -> out (N, D)"""
-    return E[items], (E.shape, items)
-
-
-def embedding_backward(dout, cache):
-    """dout (N, D) -> dE (V+1, D)
-    Derivative: row v of dE is the sum of dout over the rows where items = v.
-    """
-    shape, items = cache
-    dE = xp.zeros(math.prod(shape), dout.dtype)    # flat: entry by entry add.at is fastest
-    entries = items[:, None] * shape[1] + xp.arange(shape[1])     # (N, D)
-    xp.add.at(dE, entries.ravel(), dout.ravel())
-    return dE.reshape(shape)
-
-
-def cross_entropy_forward(logits, targets, weights):
-    """loss = sum over rows of weight * (log sum_v exp(logit_v) - logit_target).
-
-    logits (N, V+1), targets (N,) int, weights (N,) -> loss, a scalar. The logits are used up:
-    their memory then holds exp(logits - row maximum).
-    """
-    rows = xp.arange(len(targets))
-    logits -= logits.max(1, keepdims=True)
-    target_logits = logits[rows, targets]
-    exps = xp.exp(logits, out=logits)
-    sums = exps @ xp.ones(exps.shape[1], exps.dtype)              # (N,), again faster as a product
-    loss = weights @ (xp.log(sums) - target_logits)
-    return loss, (exps, sums, rows, targets, weights)
-
-
-def cross_entropy_backward(dloss, cache):
-    """dloss, a scalar -> dlogits (N, V+1), in the memory of the logits
-    Derivative: dlogits = dloss * weight * (softmax(logits) - onehot(target)).
-    """
-    exps, sums, rows, targets, weights = cache
-    dlogits = exps
-    dlogits *= (dloss * weights / sums)[:, None]
-    dlogits[rows, targets] -= dloss * weights
-    return dlogits
-
-
-# ---------------------------------------------------------------------------------------------
-# The recurrence h_n = lam * h_{n-1} + u_n, three ways, and its adjoint.
+# ---- The recurrence and its backward: first the definitions, then what runs faster.
 
 def scan_loop(lam, u, starts):
-    """The definition.    lam (H,), u (N, H), starts (N,) bool -> h (N, H)"""
+    """The definition: h_n = lam * h_{n-1} + u_n, where h before a wall is 0.
+    lam (H,), u (N, H), starts (N,) bool -> h (N, H)
+    Three rows with a wall before row 2, and lam = i/2:  u = 2, 1, 4  gives  h = 2, 1 + i, 4.
+    """
     h = u.copy()
-    for n in range(1, len(h)):
+    for n in range(1, len(u)):
         if not starts[n]:
             h[n] += lam * h[n - 1]
     return h
 
 
+def scan_backward_loop(dh, lam, h, starts):
+    """The definition: g_n = dh_n + conj(lam) * g_{n+1}, where nothing comes back over a wall.
+    dh (N, H) holds the gradient of h_n through row n's own output; g_n adds what comes through
+    later rows. lam (H,), h (N, H) of the forward, starts (N,) -> dlam (H,), du (N, H)
+    Derivative: du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall.
+    In scan_loop's example dh = 1, 2i, 1 gives g_2 = 1; g_1 = 2i, since the wall keeps g_2 back;
+    g_0 = 1 + conj(i/2) 2i = 2 (with lam itself it would be 0); dlam = conj(h_0) g_1 = 4i.
+    """
+    dlam, g = xp.zeros_like(lam), dh.copy()
+    for n in range(len(h) - 1, 0, -1):
+        if not starts[n]:
+            dlam += h[n - 1].conj() * g[n]
+            g[n - 1] += lam.conj() * g[n]
+    return dlam, g
+
+
 def scan_recursive(lam, u, starts):
     """The paper's recursive parallelization ([1], Algorithm 1): O(N log N) work.
 
-    Solve both halves as if a wall stood between them. Row j = 0, 1, ... of the right half then
+    Solve both halves as if a wall stood between them. Row j of the right half, counted from 0,
     still lacks lam^(j+1) times the left half's last state, unless a wall stands in the right half
-    at or before it. Here half by half, to be read; where it runs in parallel, all pairs of a level
-    go at once. Shapes as in scan_loop.
+    at or before row j. (In parallel, all halves of a level go at once.) Shapes as in scan_loop.
     """
     if len(u) <= 1:
         return u.copy()
     half = len(u) // 2
     left = scan_recursive(lam, u[:half], starts[:half])
     right = scan_recursive(lam, u[half:], starts[half:])
-    open_rows = xp.cumsum(starts[half:]) == 0                     # no wall yet
+    no_wall_yet = xp.cumsum(starts[half:]) == 0
     powers = lam ** xp.arange(1, len(right) + 1, dtype=lam.real.dtype)[:, None]  # (rows, H)
-    right += xp.where(open_rows[:, None], powers * left[-1], 0)
+    right += xp.where(no_wall_yet[:, None], powers * left[-1], 0)
     return xp.concatenate([left, right])
 
 
-def scan(lam, u, starts, in_place=False):
-    """What the model uses: O(N) work in O(log N) array operations, the prefix tree of Brent and
-    Kung (1982). Shapes as in scan_loop; in_place turns u itself into h.
+def scan(lam, u, starts):
+    """What the model uses: O(N) work in O(log N) array operations. Shapes as in scan_loop.
 
-    Count rows from 1. On the way up, at distance d = 1, 2, 4, ..., every multiple of 2d takes
-    lam^d times the row d before it: it then sums up the 2d rows that end with it. On the way
-    down, at d = ..., 4, 2, 1, every odd multiple of d from 3d on takes lam^d times the row d
-    before it, which is final by then. `walled` says for the rows so summed up whether a wall is
-    among them: what comes from before a wall is dropped.
+    Rows 2i and 2i+1 are a pair. Two steps in one give the odd rows without the even ones:
+    h_{2i+1} = lam^2 h_{2i-1} + (lam u_{2i} + u_{2i+1}), the same recurrence at half the length,
+    with a wall where either row of the pair has one. Solve it by this very function; then one
+    plain step leads from each odd row to the even row after it (Brent and Kung, 1982). The powers
+    of lam are in double precision for float32 too: each squaring doubles their relative error.
     """
-    h, N = u if in_place else u.copy(), len(u)
-    if xp is not np:                               # launches cost most: one kernel in place of 60
-        _gpu_kernels()["scan"](lam, starts, N, h.shape[1], h, size=h.size)
+    if xp is not np:
+        h = u.copy()
+        _gpu_scan(lam, starts, *h.shape, h, size=h.size)
         return h
-    walled = starts.copy()
-    product = np.empty((N // 2, *h.shape[1:]), h.dtype)
-
-    def take(first, d):                            # rows first, first + 2d, ..., counted from 0
-        to = h[first::2 * d]
-        p = np.multiply(h[first - d::2 * d][:len(to)], powers[d], out=product[:len(to)])
-        p[walled[first::2 * d]] = 0
-        to += p
-
-    d, powers = 1, {1: lam}
-    while 2 * d <= N and not walled[d - 1::d].all():   # where all are, no state gets so far
-        take(2 * d - 1, d)
-        walled[2 * d - 1::2 * d] |= walled[d - 1:N - d:2 * d]
-        powers[2 * d] = powers[d] ** 2
-        d *= 2
-    while d > 1:
-        d //= 2
-        take(3 * d - 1, d)
+    if starts[1:].all():                           # no row looks back
+        return u.copy()
+    N, a = len(u), lam.astype(u.dtype)
+    pairs = a * u[0:N - 1:2]                       # (N // 2, H)
+    pairs[starts[1::2]] = 0
+    pairs += u[1::2]
+    h = u.copy()
+    h[1::2] = scan(lam.astype(complex) ** 2, pairs, starts[0:N - 1:2] | starts[1::2])
+    from_odd = a * h[1:-1:2]                       # for rows 2, 4, ...
+    from_odd[starts[2::2]] = 0
+    h[2::2] += from_odd
     return h
 
 
-def scan_backward(dh, lam, h, starts, in_place=False):
-    """dh (N, H): dL/dh_n through row n's own output only; lam (H,), h (N, H), starts (N,)
-    -> dlam (H,), du (N, H); in_place turns dh itself into du.
-    Derivative: g_n, through all rows, is dh_n + conj(lam) g_{n+1}, the latter unless starts[n+1]:
-    the same scan, rows reversed and walls shifted by one. du = g; dlam = sum of conj(h_{n-1}) g_n
-    over n >= 1 without a wall.
+def scan_backward(dh, lam, h, starts):
+    """What the model uses: scan_backward_loop, by the fast scan. dh (N, H): the gradient of h_n
+    through row n's own output; lam (H,), h (N, H), starts (N,) -> dlam (H,), du (N, H)
+    Derivative: read from the last row to the first, g_n = dh_n + conj(lam) g_{n+1} is a scan with
+    conj(lam). Row n takes nothing from row n+1 where starts[n+1] is set: the walls move by one row.
+    du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall.
     """
-    g = dh if in_place else dh.copy()
-    scan(lam.conj(), g[::-1], xp.roll(starts, -1)[::-1], in_place=True)
-    products = h[:-1].conj()
-    products *= g[1:]
+    next_starts = xp.roll(starts, -1)              # starts[n+1]; for the last row it plays no part
+    g = scan(lam.conj(), dh[::-1], next_starts[::-1])[::-1].copy()
+    products = h[:-1].conj() * g[1:]
     products[starts[1:]] = 0
-    return sum_rows(real_view(products)).view(g.dtype), g
+    return products.sum(0), g
 
 
-# ---------------------------------------------------------------------------------------------
-# The LRU layer: eigenvalues, the projections into and out of the complex state, all together.
+# ---- The LRU layer: eigenvalues, the projections into and out of the complex state, all together.
 
 def lam_forward(nu_log, theta_log):
-    """lam = exp(-exp(nu_log) + i exp(theta_log)).    (H,) real, (H,) real -> (H,) complex
-
-    |lam| = exp(-exp(nu_log)) < 1 whatever nu_log is: the recurrence is stable ([2], Section 3.3).
+    """lam = exp(-nu + i theta), nu = exp(nu_log), theta = exp(theta_log).
+    nu_log (H,), theta_log (H,), real -> lam (H,) complex; cache = (nu, theta, lam)
+    |lam| = exp(-nu) < 1 whatever nu_log is: the recurrence is stable ([2], Section 3.3).
     """
     nu, theta = xp.exp(nu_log), xp.exp(theta_log)
     lam = xp.exp(-nu + 1j * theta)
@@ -366,87 +253,90 @@ def lam_forward(nu_log, theta_log):
 
 def lam_backward(dlam, cache):
     """dlam (H,) complex -> dnu_log (H,) real, dtheta_log (H,) real
-    Derivative: a change of nu_log changes lam by -nu lam, one of theta_log by i theta lam;
-    with dL = Re(conj(dlam) * change): dnu_log = -nu Re(conj(dlam) lam), and
-    dtheta_log = -theta Im(conj(dlam) lam).
+    Derivative: lam changes by -nu lam times the change of nu_log, and by i theta lam times that
+    of theta_log. The loss changes by Re(conj(dlam) * change of lam). So dnu_log =
+    -nu Re(conj(dlam) lam), and dtheta_log = Re(conj(dlam) i theta lam) = -theta Im(conj(dlam) lam).
     """
     nu, theta, lam = cache
-    pull = dlam.conj() * lam
-    return -nu * pull.real, -theta * pull.imag
+    conj_dlam_lam = dlam.conj() * lam
+    return -nu * conj_dlam_lam.real, -theta * conj_dlam_lam.imag
+
+
+def real_view(z):
+    """The same memory: complex (..., M) as real (..., 2M), re, im, re, im, ...; real as it is."""
+    return z.view(z.real.dtype)
 
 
 def complex_in_forward(x, B, b):
-    """out = x B + b, real in, complex out.    x (N, D), B (D, H), b (H,) -> out (N, H)
-
-    One real product: x times the real view of B, real and imaginary columns side by side.
+    """out = x B + b, real in, complex out.
+    x (N, D) real, B (D, H), b (H,) complex -> out (N, H) complex
+    One real product: x times the real view of B. cache = (x, real_view(B)), of that product.
     """
     out, cache = linear_forward(x, real_view(B), real_view(b))    # (N, D) -> (N, 2H)
-    return out.view(B.dtype), cache
+    return out.view(B.dtype), cache                # (N, H)
 
 
 def complex_in_backward(dout, cache):
     """dout (N, H) complex -> dx (N, D) real, dB (D, H), db (H,) complex
-    Derivative: as in linear_backward, on the real views; in complex letters
-    dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout.
+    Derivative: dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout. On the real
+    views this is linear_backward.
     """
     dx, dB, db = linear_backward(real_view(dout), cache)
     return dx, dB.view(dout.dtype), db.view(dout.dtype)
 
 
 def complex_out_forward(h, C, b):
-    """out = Re(h C) + b, complex in, real out.    h (N, H), C (H, D), b (D,) -> out (N, D)
-
-    Re(h C) = Re h Re C - Im h Im C: one real product, with rows Re C, -Im C taking turns.
+    """out = Re(h C) + b, complex in, real out.
+    h (N, H), C (H, D) complex, b (D,) real -> out (N, D) real
+    Re(h C) = Re h Re C - Im h Im C is one real product: the real view of h times W (2H, D), in
+    which rows of Re C and of -Im C take turns. cache = (real_view(h), W), of that product.
     """
-    W = xp.stack([C.real, -C.imag], 1).reshape(-1, C.shape[1])    # (2H, D)
+    W = xp.stack([C.real, -C.imag], 1).reshape(-1, C.shape[1])    # (H, 2, D) -> (2H, D)
     return linear_forward(real_view(h), W, b)      # (N, 2H) -> (N, D)
 
 
 def complex_out_backward(dout, cache):
     """dout (N, D) real -> dh (N, H), dC (H, D) complex, db (D,) real
-    Derivative: as in linear_backward, with dC = dW's rows for Re C - i times those for -Im C; in
-    complex letters dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout.
+    Derivative: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout. On the real
+    views this is linear_backward, and dC = dW's rows for Re C - i times those for -Im C.
     """
-    dh, dW, db = linear_backward(dout, cache)
+    dh, dW, db = linear_backward(dout, cache)      # (N, 2H), (2H, D), (D,)
     dC = dW[0::2] - 1j * dW[1::2]
     return dh.view(dC.dtype), dC, db
 
 
 def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
     """u = gamma * (x B + b_B), h_n = lam * h_{n-1} + u_n, out = Re(h C) + b_C.
-
     x (N, D), nu_log, theta_log, gamma_log (H,), B (D, H), b_B (H,), C (H, D), b_C (D,),
-    starts (N,) -> out (N, D). gamma = exp(gamma_log). cache["h"] holds the states (N, H).
+    starts (N,) -> out (N, D); gamma = exp(gamma_log)
+    cache: a dict of u, h (N, H), lam, gamma (H,), starts and the caches of the three layers inside
     """
     lam, lam_cache = lam_forward(nu_log, theta_log)
     gamma = xp.exp(gamma_log)
-    # gamma scales the columns of B and b_B: D+1 rows to multiply, where u has N
-    h, in_cache = complex_in_forward(x, gamma * B, gamma * b_B)
-    scan(lam, h, starts, in_place=True)            # from u to h
-    out, out_cache = complex_out_forward(h, C, b_C)
-    return out, dict(h=h, lam=lam, gamma=gamma, B=B, b_B=b_B, starts=starts,
-                     lam_cache=lam_cache, in_cache=in_cache, out_cache=out_cache)
+    u, in_cache = complex_in_forward(x, B, b_B)    # (N, D) -> (N, H)
+    u *= gamma
+    h = scan(lam, u, starts)
+    out, out_cache = complex_out_forward(h, C, b_C)               # (N, H) -> (N, D)
+    return out, dict(u=u, h=h, lam=lam, gamma=gamma, starts=starts, lam_cache=lam_cache,
+                     in_cache=in_cache, out_cache=out_cache)
 
 
 def lru_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dnu_log, dtheta_log, dgamma_log (H,), dB, db_B, dC, db_C
-    Derivative: back through projection, scan and projection. With B' = gamma B, b' = gamma b_B:
-    dB = gamma dB', db_B = gamma db', and dgamma_log = Re(sum of conj(B') dB' + conj(b') db'),
-    since B' and b' change by B' and b' times gamma_log's change.
+    Derivative: the forward's lines, bottom to top. u = exp(gamma_log) z with z = x B + b_B, so u
+    changes by u times the change of gamma_log: dgamma_log = Re(sum over rows of conj(u) du), and
+    dz = gamma du.
     """
-    gamma, B, b_B = cache["gamma"], cache["B"], cache["b_B"]
     dh, dC, db_C = complex_out_backward(dout, cache["out_cache"])
-    dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"], in_place=True)
+    dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"])
+    dgamma_log = (cache["u"].conj() * du).real.sum(0)
+    du *= cache["gamma"]                           # from here on it is dz
     dx, dB, db_B = complex_in_backward(du, cache["in_cache"])
-    dB *= gamma                                    # the layer's own B was gamma * B
-    db_B *= gamma
-    dgamma_log = (B.conj() * dB).real.sum(0) + (b_B.conj() * db_B).real
     dnu_log, dtheta_log = lam_backward(dlam, cache["lam_cache"])
     return dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C
 
 
-# ---------------------------------------------------------------------------------------------
-# The block: an LRU, then a feed-forward network, each with dropout, residual and LayerNorm.
+# ---- The block: an LRU, then a feed-forward network, each with dropout, residual and LayerNorm.
 
 LRU_NAMES = ["nu_log", "theta_log", "gamma_log", "B", "b_B", "C", "b_C"]
 BLOCK_NAMES = ["lru." + name for name in LRU_NAMES] + [
@@ -457,7 +347,6 @@ BLOCK_NAMES = ["lru." + name for name in LRU_NAMES] + [
 def block_forward(x, p, starts, dropout=0.0, rng=None):
     """x = LayerNorm(x + dropout(LRU(x))); out = LayerNorm(x + dropout(FFN(x))), where
     FFN(x) = dropout(GELU(x W1 + b1)) W2 + b2.
-
     x (N, D), p the block's parameters by BLOCK_NAMES, starts (N,) -> out (N, D)
     """
     y, lru = lru_forward(x, *(p["lru." + name] for name in LRU_NAMES), starts)
@@ -478,8 +367,8 @@ def block_forward(x, p, starts, dropout=0.0, rng=None):
 
 def block_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dp: a dict of gradients by BLOCK_NAMES
-    Derivative: the forward's lines, bottom to top. A residual adds: its gradient goes down
-    both branches, and where the branches part, the two gradients add up.
+    Derivative: the forward's lines, bottom to top. A residual y = x + f(x) hands its gradient to
+    both branches: dx = dy + what comes back through f.
     """
     dp = {}
     dx, dp["ffn_norm.scale"], dp["ffn_norm.shift"] = layer_norm_backward(dout, cache["norm2"])
@@ -493,26 +382,76 @@ def block_backward(dout, cache):
     dx, dp["lru_norm.scale"], dp["lru_norm.shift"] = layer_norm_backward(dx, cache["norm1"])
     dy = dropout_backward(dx, cache["mask1"])
     dy, *dlru = lru_backward(dy, cache["lru"])
-    dp.update(zip(BLOCK_NAMES, dlru))              # the first names are the LRU's
+    for name, gradient in zip(LRU_NAMES, dlru):
+        dp["lru." + name] = gradient
     dx += dy                                       # residual: skip branch + LRU branch
     return dx, dp
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The loss: cross-entropy over all items, in chunks of rows.
+
+def cross_entropy_forward(logits, targets, weights):
+    """loss = sum over rows of weight * (log sum_v exp(logit_v) - logit_target).
+    logits (N, V+1), targets (N,) int, weights (N,) -> loss, a scalar
+    cache = (exps (N, V+1), sums (N,), targets, weights), with exps = exp(logit - row maximum) and
+    sums = their sum in each row. exps takes the memory of logits, which are used up.
+    """
+    rows = xp.arange(len(targets))
+    logits -= logits.max(1, keepdims=True)         # the loss stays the same, and exp <= 1
+    target_logits = logits[rows, targets]
+    exps = xp.exp(logits, out=logits)              # in place, as below: 5 % of a training step
+    sums = exps.sum(1)
+    loss = weights @ (xp.log(sums) - target_logits)
+    return loss, (exps, sums, targets, weights)
+
+
+def cross_entropy_backward(dloss, cache):
+    """dloss, a scalar -> dlogits (N, V+1), in the memory of exps
+    Derivative: dlogits = dloss * weight * (softmax(logits) - onehot(target)).
+    """
+    dlogits, sums, targets, weights = cache        # as yet exps; softmax = exps / sums
+    dlogits *= (dloss * weights / sums)[:, None]
+    dlogits[xp.arange(len(targets)), targets] -= dloss * weights
+    return dlogits
+
+
+ROWS_PER_CHUNK = 256              # of logits: enough for fast products, and in cache on ML-100K
+LOGITS_PER_CHUNK = 2 ** 26        # where there are very many items: 256 MB of float32
+
+
+def output_loss(hidden, E, output_bias, targets):
+    """Mean cross-entropy of logits = hidden E^T + output_bias over the rows with a target.
+    hidden (N, D), E (V+1, D), output_bias (V+1,), targets (N,), 0 for none
+    -> loss, dhidden (N, D), dE (V+1, D), doutput_bias (V+1,)
+    Forward and backward chunk by chunk: N x V logits never exist at once.
+    """
+    weights = (targets > 0).astype(hidden.dtype)
+    weights /= xp.maximum(weights.sum(), 1)
+    loss, dhidden = 0, xp.empty_like(hidden)
+    dE, doutput_bias = xp.zeros_like(E), xp.zeros_like(output_bias)
+    n_rows = max(1, min(ROWS_PER_CHUNK, LOGITS_PER_CHUNK // len(E)))
+    for n in range(0, len(hidden), n_rows):
+        rows = slice(n, n + n_rows)
+        logits = hidden[rows] @ E.T                # (rows, D) -> (rows, V+1)
+        logits += output_bias
+        chunk_loss, cache = cross_entropy_forward(logits, targets[rows], weights[rows])
+        loss += chunk_loss
+        dlogits = cross_entropy_backward(1, cache)
+        dhidden[rows] = dlogits @ E
+        dE += dlogits.T @ hidden[rows]
+        doutput_bias += dlogits.sum(0)
+    return loss, dhidden, dE, doutput_bias
+
+
+# ---- The model
 
 def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=None,
                 dtype=np.float32, max_phase=1.0):
-    """Fresh parameters, a dict of arrays; dtype float64 for checks.
-
-    item_embedding (V+1, D), embedding_norm.scale and .shift (D,), output_bias (V+1,), and in each
-    block k, as blocks.k.NAME: lru.nu_log, .theta_log, .gamma_log (H,); complex lru.B (D, H),
-    .b_B (H,), .C (H, D); lru.b_C (D,); ffn.W1 (D, F), .b1 (F,), .W2 (F, D), .b2 (D,);
-    lru_norm and ffn_norm, each .scale and .shift (D,).
-    Eigenvalues uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), of which max_phase is
-    the part used: 1 is the full circle, as published; near 0 most channels start much like a moving
-    average. gamma^2 = 1 - |lam|^2; everything else but the norms normal(0, 0.02), truncated at
-    two standard deviations.
+    """Fresh parameters, a dict of arrays. d_state None: 2 d_model; d_ff None: 4 d_model.
+    Eigenvalues are uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), of which max_phase
+    is the part used: 1 is the full circle, as published; near 0 most channels start much like a
+    moving average. gamma^2 = 1 - |lam|^2. Norms start as scale 1, shift 0. All the rest is
+    normal(0, 0.02), truncated at two standard deviations.
     """
     rng = np.random.default_rng() if rng is None else rng
     D, H, F = d_model, d_state or 2 * d_model, d_ff or 4 * d_model
@@ -526,94 +465,76 @@ def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=No
     params = {"item_embedding": normal(n_items + 1, D),
               "embedding_norm.scale": np.ones(D), "embedding_norm.shift": np.zeros(D)}
     for k in range(n_blocks):
-        radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # uniform in area
+        radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # |lam|^2: uniform in area
         phase = 2 * math.pi * max_phase * (1 - rng.random(H))     # above 0: log is finite
         values = [np.log(-0.5 * np.log(radius2)), np.log(phase), 0.5 * np.log(1 - radius2),
                   normal(D, H) + 1j * normal(D, H), normal(H) + 1j * normal(H),
                   normal(H, D) + 1j * normal(H, D), normal(D),
                   np.ones(D), np.zeros(D), normal(D, F), normal(F), normal(F, D), normal(D),
                   np.ones(D), np.zeros(D)]
-        params.update({f"blocks.{k}.{name}": x for name, x in zip(BLOCK_NAMES, values)})
+        for name, value in zip(BLOCK_NAMES, values):
+            params[f"blocks.{k}.{name}"] = value
     params["output_bias"] = normal(n_items + 1)
     ctype = np.result_type(dtype, np.complex64)
-    return {name: xp.asarray(x, ctype if np.iscomplexobj(x) else dtype)
-            for name, x in params.items()}
+    return {name: xp.asarray(value, ctype if np.iscomplexobj(value) else dtype)
+            for name, value in params.items()}
 
 
 def blocks(params):
-    """The parameters of each block, as a list of dicts by BLOCK_NAMES."""
-    n_blocks = sum(name.endswith("nu_log") for name in params)
+    """params["blocks.0.lru.nu_log"], ... of each block k: a list of dicts by BLOCK_NAMES."""
+    n_blocks = sum(name.endswith(".nu_log") for name in params)
     return [{name: params[f"blocks.{k}.{name}"] for name in BLOCK_NAMES} for k in range(n_blocks)]
 
 
+def as_ids(params, ids):
+    """ids (N,) as integers on the device. Raises ValueError for none, or one outside 0..V."""
+    ids, V = np.asarray(to_host(ids)), len(params["item_embedding"]) - 1
+    if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > V:
+        raise ValueError(f"items must be integers in 0..{V}, one or more (0 is an empty history)")
+    return xp.asarray(ids)
+
+
 def forward(params, items, starts, dropout=0.0, rng=None):
-    """items (N,), starts (N,) -> hidden (N, D), caches: embedding, dropout, norm, each block"""
-    x, embedding = embedding_forward(params["item_embedding"], items)
+    """items (N,), starts (N,) -> hidden (N, D), caches: items, dropout mask, norm, each block"""
+    x = params["item_embedding"][items]            # (N,) -> (N, D)
     x, mask = dropout_forward(x, dropout, rng)
     x, norm = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
-    caches = [embedding, mask, norm]
+    caches = [items, mask, norm]
     for p in blocks(params):
         x, cache = block_forward(x, p, starts, dropout, rng)
         caches.append(cache)
     return x, caches
 
 
-def backward(dhidden, caches):
-    """dhidden (N, D), caches as of forward -> grads, all but the output layer's
-    Derivative: the forward's lines, bottom to top.
+def backward(dhidden, caches, E):
+    """dhidden (N, D), caches as of forward, E (V+1, D) the item embedding -> grads: all but the
+    output layer's, by name
+    Derivative: the forward's lines, bottom to top. Row v of dE is the sum of dx over the rows
+    where items = v.
     """
-    embedding, mask, norm, *block_caches = caches
+    items, mask, norm, *block_caches = caches
     grads, dx = {}, dhidden
     for k in reversed(range(len(block_caches))):
         dx, dp = block_backward(dx, block_caches[k])
-        grads.update({f"blocks.{k}.{name}": dp[name] for name in BLOCK_NAMES})
+        for name in BLOCK_NAMES:
+            grads[f"blocks.{k}.{name}"] = dp[name]
     dx, grads["embedding_norm.scale"], grads["embedding_norm.shift"] = layer_norm_backward(dx, norm)
     dx = dropout_backward(dx, mask)
-    grads["item_embedding"] = embedding_backward(dx, embedding)
+    dE = grads["item_embedding"] = xp.zeros_like(E)
+    xp.add.at(dE, items, dx)                       # dE[items] += dx would lose repeated items
     return grads
-
-
-def rows_per_chunk(E):
-    return max(16, LOGITS_PER_CHUNK // len(E))
-
-
-def output_loss(hidden, E, output_bias, targets):
-    """Mean cross-entropy of logits = hidden E^T + output_bias over the rows with a target.
-
-    hidden (N, D), E (V+1, D), output_bias (V+1,), targets (N,), 0 for none
-    -> loss, dhidden (N, D), dE (V+1, D), doutput_bias (V+1,)
-    Forward and backward chunk by chunk: N x V logits never exist at once.
-    """
-    weights = (targets > 0).astype(hidden.dtype)
-    weights /= xp.maximum(weights.sum(), 1)
-    # the bias as one more column of E, which meets a 1 in each row: two passes over logits less
-    W = xp.concatenate([E, output_bias[:, None]], 1)              # (V+1, D+1)
-    x = xp.concatenate([hidden, xp.ones_like(hidden[:, :1])], 1)  # (N, D+1)
-    loss, dhidden, dW = 0, xp.empty_like(hidden), xp.zeros_like(W)
-    n_rows = rows_per_chunk(E)
-    for n in range(0, len(hidden), n_rows):
-        rows = slice(n, n + n_rows)
-        logits = x[rows] @ W.T                     # (rows, D+1) -> (rows, V+1)
-        chunk_loss, cache = cross_entropy_forward(logits, targets[rows], weights[rows])
-        loss += chunk_loss
-        dlogits = cross_entropy_backward(1, cache)
-        dhidden[rows] = dlogits @ E
-        dW += dlogits.T @ x[rows]
-    return loss, dhidden, dW[:, :-1], dW[:, -1]
 
 
 def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
     """The training loss and its gradient.
-
-    items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool; rng, a NumPy
-    Generator, is needed where dropout > 0 -> loss (mean over the rows with a target), grads, a
-    dict like params.
+    items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool, rng a NumPy
+    Generator where dropout > 0 -> loss (mean over the rows with a target), grads like params
     """
-    items, targets, starts = xp.asarray(items), xp.asarray(targets), xp.asarray(starts)
+    items, targets, starts = as_ids(params, items), as_ids(params, targets), xp.asarray(starts)
+    E = params["item_embedding"]
     hidden, caches = forward(params, items, starts, dropout, rng)
-    loss, dhidden, dE, doutput_bias = output_loss(
-        hidden, params["item_embedding"], params["output_bias"], targets)
-    grads = backward(dhidden, caches)
+    loss, dhidden, dE, doutput_bias = output_loss(hidden, E, params["output_bias"], targets)
+    grads = backward(dhidden, caches, E)
     grads["item_embedding"] += dE                  # tied: as input and as output embedding
     grads["output_bias"] = doutput_bias
     return loss, {name: grads[name] for name in params}
@@ -623,9 +544,9 @@ def encode(params, items, starts, return_state=False):
     """items (N,), starts (N,) -> hidden (N, D), without dropout
 
     With return_state also the state (K, segments, H) after each segment's last row, from which
-    step goes on. hidden[n] depends on row n and the rows before it, back to its wall.
+    step goes on. Raises ValueError for an id outside 0..V.
     """
-    items, starts = xp.asarray(items), xp.asarray(starts)
+    items, starts = as_ids(params, items), xp.asarray(starts)
     hidden, (_, _, _, *block_caches) = forward(params, items, starts)
     if not return_state:
         return hidden
@@ -640,8 +561,7 @@ def score(params, hidden):
     return logits
 
 
-# ---------------------------------------------------------------------------------------------
-# Incremental inference: one event in, one state on. No scan, no history.
+# ---- Incremental inference: one event in, one state on. No scan, no history.
 
 def init_state(params, n_users=1):
     """The state of users without events: zeros (K, n_users, H), complex."""
@@ -653,11 +573,12 @@ def step(params, state, items):
     """One more event for each user; the state given is not changed.
 
     state (K, n_users, H), items (n_users,) -> hidden (n_users, D), state (K, n_users, H)
+    Raises ValueError for an id outside 0..V.
     """
-    x = params["item_embedding"][xp.asarray(items)]
+    x = params["item_embedding"][as_ids(params, items)]
     x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
     new_state = xp.empty_like(state)
-    for k, p in enumerate(blocks(params)):         # block_forward's lines, but the scan's: one row
+    for k, p in enumerate(blocks(params)):         # block_forward, but for the scan: it is one row
         lam, _ = lam_forward(p["lru.nu_log"], p["lru.theta_log"])
         u, _ = complex_in_forward(x, p["lru.B"], p["lru.b_B"])
         new_state[k] = lam * state[k] + xp.exp(p["lru.gamma_log"]) * u
@@ -670,30 +591,26 @@ def step(params, state, items):
     return x, new_state
 
 
-# ---------------------------------------------------------------------------------------------
-# AdamW (Loshchilov and Hutter, arXiv 1711.05101), as PyTorch runs it
+# ---- AdamW (Loshchilov and Hutter, arXiv 1711.05101), as PyTorch runs it
 
 # as in the authors' code: eigenvalues and their gain decay too; biases and norms do not
 DECAYED = ("item_embedding", "nu_log", "theta_log", "gamma_log", ".B", ".C", ".W1", ".W2")
 
 
 def adamw_init(params):
-    """The optimizer's state: the step count and, per parameter, the moments m and v as reals."""
+    """The optimizer's state: the number of steps and, for each parameter, the running means m of
+    its gradient and v of its square, as reals."""
     zeros = {name: xp.zeros_like(real_view(p)) for name, p in params.items()}
     return {"step": 0, "m": zeros, "v": {name: z.copy() for name, z in zeros.items()}}
 
 
 def adamw_update(params, grads, opt, lr, weight_decay, betas=(0.9, 0.999), eps=1e-9):
-    """One step, in place. m, v: running means of g, g^2; mhat = m / (1 - beta1^t), vhat alike.
-
-        p <- p (1 - lr weight_decay)    where decayed, then    p <- p - lr mhat / (sqrt(vhat) + eps)
-
-    A complex entry is two real ones, each with its own v. eps as in the authors' code.
+    """Step t = 1, 2, ..., in place. m, v: running means of g, g^2; mhat, vhat: without their bias.
+        p <- p (1 - lr weight_decay)    if DECAYED names it; p <- p - lr mhat / (sqrt(vhat) + eps)
+    A complex entry is two real ones, each with its own m and v. eps as in the authors' code.
     """
     opt["step"] += 1
-    beta1, beta2 = betas
-    correction1 = 1 - beta1 ** opt["step"]
-    correction2 = 1 - beta2 ** opt["step"]
+    t, (beta1, beta2) = opt["step"], betas
     for name in params:
         p, g = real_view(params[name]), real_view(grads[name])
         m, v = opt["m"][name], opt["v"][name]
@@ -701,14 +618,15 @@ def adamw_update(params, grads, opt, lr, weight_decay, betas=(0.9, 0.999), eps=1
         m += (1 - beta1) * g
         v *= beta2
         v += (1 - beta2) * g * g
+        mhat = m / (1 - beta1 ** t)
+        vhat = v / (1 - beta2 ** t)
         if name.endswith(DECAYED):
             p *= 1 - lr * weight_decay
-        p -= (lr / correction1) * m / (xp.sqrt(v / correction2) + eps)
+        p -= lr * mhat / (xp.sqrt(vhat) + eps)
 
 
 def clip_gradients(grads, max_norm):
     """Scale all gradients, in place, by min(1, max_norm / (norm + 1e-6)) -> the norm before.
-
     norm = sqrt(sum of |g|^2) over all entries of all gradients. max_norm may be inf.
     """
     norm = sum(xp.vdot(g, g).real for g in grads.values()) ** 0.5
@@ -718,25 +636,16 @@ def clip_gradients(grads, max_norm):
     return norm
 
 
-# ---------------------------------------------------------------------------------------------
-# Files: one .npz, readable without pickle
+# ---- Files: one .npz, readable without pickle
 
-FORMAT = "lrurec 1"
-
-
-def save(path, params, **extra):
-    """Write params and extra: arrays as they are, anything else as JSON. Whole or not at all:
-    raises OSError, which names path, and leaves the file that stood there."""
-    entries = {"format": np.array(FORMAT)}
-    entries.update({"params/" + name: to_host(p) for name, p in params.items()})
-    for name, value in extra.items():
-        is_array = isinstance(value, (np.ndarray, xp.ndarray))
-        entries["array/" + name if is_array else "json/" + name] = (
-            to_host(value) if is_array else np.array(json.dumps(value)))
+@contextlib.contextmanager
+def whole_file(path):
+    """Open path to write bytes: when the block ends, the new file takes the old one's place, whole
+    or not at all. Raises OSError, which names path, and leaves the old file."""
     temporary = f"{path}.part"                     # what a killed run left is overwritten
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **entries)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -747,23 +656,65 @@ def save(path, params, **extra):
             os.remove(temporary)
 
 
+def save(path, params, **extra):
+    """Write params, a dict of arrays, and extra, anything that JSON can hold. Raises OSError."""
+    arrays = {name: to_host(p) for name, p in params.items()}
+    with whole_file(path) as file:
+        np.savez(file, extra=np.array(json.dumps(extra)), **arrays)
+
+
 def load(path):
     """-> params, extra, as given to save. Raises OSError where path cannot be opened, ValueError
     where it is no such file."""
-    with open(path, "rb") as raw:
+    with open(path, "rb") as file:
         try:
-            with np.load(raw, allow_pickle=False) as file:
-                entries = dict(file)
-        except Exception:                          # what a damaged zip can raise has no end
-            raise ValueError(f"{path} is not a model file, or is damaged") from None
-    found = str(entries.pop("format", "none"))
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found!r}; this program reads {FORMAT!r}")
-    params, extra = {}, {}
-    for key, value in entries.items():
-        kind, _, name = key.partition("/")
-        if kind == "params":
-            params[name] = xp.asarray(value)
-        else:
-            extra[name] = value if kind == "array" else json.loads(str(value))
-    return params, extra
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > os.path.getsize(path):   # save does not compress
+                raise ValueError
+            arrays = dict(np.load(file, allow_pickle=False))
+            extra = json.loads(str(arrays.pop("extra")))
+        except Exception:                          # what a damaged file can raise has no end
+            raise ValueError(f"{path} is not a model file, or it is damaged") from None
+    return {name: xp.asarray(array) for name, array in arrays.items()}, extra
+
+
+# ---- The array backend: CuPy in place of NumPy, on request. All of the above runs on either.
+
+def use_device(device):
+    """Put all later work on "cpu" (NumPy) or "gpu" (CuPy). Raises RuntimeError if it cannot."""
+    global xp, ROWS_PER_CHUNK, _gpu_scan, _gpu_random_bytes
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
+    xp, ROWS_PER_CHUNK = np, 256
+    if device == "cpu":
+        return
+    try:
+        import cupy
+        cupy.zeros(1) + 1                          # needs a GPU, its driver and CUDA's compiler
+    except Exception as error:                     # they fail with exceptions of many types
+        raise RuntimeError(f"CuPy cannot use an NVIDIA GPU ({' '.join(str(error).split())}): use "
+                           "--device cpu, or install a driver and CuPy: python -m pip install "
+                           '"cupy-cuda12x[ctk]" (cupy-cuda13x for CUDA 13)') from None
+    xp, ROWS_PER_CHUNK = cupy, 2 ** 26             # a GPU wants few, large operations
+    _gpu_scan = xp.ElementwiseKernel(              # one thread walks one segment of one channel
+        "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
+        long long row = i / H, c = i % H;
+        if (row == 0 || starts[row]) {
+            T state = h[row * H + c];
+            while (++row < N && !starts[row]) {
+                state = lam[c] * state + h[row * H + c];
+                h[row * H + c] = state;
+            }
+        }""", "lru_scan")
+    _gpu_random_bytes = xp.ElementwiseKernel(      # splitmix64 (Steele et al. 2014) of seed + i
+        "uint64 seed", "uint8 out", """
+        unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+        out = (z ^ (z >> 31)) >> 56;""", "random_bytes")
+
+
+def to_host(array):
+    """The same values as a NumPy array; what is not on a GPU is returned as it is."""
+    return array.get() if xp is not np and isinstance(array, xp.ndarray) else array
