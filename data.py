@@ -4,44 +4,56 @@
     text or archive -> read_file, parse_archive  -> Events      one row per event, as in the file
                     -> prepare                   -> Dataset     filtered, ids 1..V, sorted by time
                     -> training_rows, batches    -> items, targets, starts for the model
-                    -> histories                 -> items, starts, truth for the evaluation
+                    -> histories                 -> histories and true items for the evaluation
 
-The protocol (filtering, split, windows) is that of the official LRURec code for MovieLens; where
-we leave it, the function says so. Whatever is wrong with an input is found here, once, and raised
-as DataError: one line that names the file, the line, the value and what to do.
+The protocol is that of the official LRURec code for MovieLens; where we leave it, the function
+says so. It begins at "From events to sequences", and a first reading may begin there too. What is
+wrong with an input is found above that, once: DataError names file, line, value and remedy.
 """
 import csv
 import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import zipfile
 import zlib
+from array import array
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import numpy as np
 
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text):
+    """text with its control characters written as escapes: safe to show on a terminal."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
 
 class DataError(ValueError):
-    """The user's input cannot be used; the message is one line."""
+    """The user's input cannot be used; the message is one printable line."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 
 class Events(NamedTuple):
     """Interactions in file order."""
     users: np.ndarray           # (events,) int, positions in user_ids
     items: np.ndarray           # (events,) int, positions in item_ids
-    times: np.ndarray           # (events,) int or float; the file's order where it has no times
+    times: np.ndarray           # (events,) int or float; 0, 1, 2, ... where the file has no times
     user_ids: list              # raw ids, text
     item_ids: list
     titles: dict = {}           # raw item id -> title
-    layout: str = ""            # how the file was understood, to be shown
+    layout: str = ""            # which column was read as what, to be shown
 
 
 class Dataset(NamedTuple):
@@ -49,10 +61,232 @@ class Dataset(NamedTuple):
     name: str
     items: np.ndarray           # (events,) int, ids 1..V
     offsets: np.ndarray         # (users + 1,) user u owns items[offsets[u]:offsets[u + 1]]
+    user_ids: list              # (users,) raw ids
     item_ids: list              # (V + 1,) raw ids; item_ids[0] is ""
     titles: list                # (V + 1,) titles, or the raw id where there is none
     digest: str                 # of items, offsets and item_ids: the same data, the same digest
     layout: str = ""            # as in Events
+
+
+# ---------------------------------------------------------------------------------------------
+# Any delimited text: lines and rows, read as a stream
+
+LINE_LIMIT = 2 ** 20            # characters
+EVENT = ("a line is one event, user,item[,time], with ids that are text without control "
+         "characters, fields that hold the delimiter in quotes, and times all as finite numbers "
+         "below 2^63, seconds or milliseconds, or all as ISO 8601, 2024-05-01 12:30:00")
+ISO_8601 = re.compile(r"\s*(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
+                      r" ?(?:Z|UTC|([+-]\d\d):?(\d\d)?)?\s*", re.ASCII | re.IGNORECASE)
+EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+PANDAS = 'convert it: python -c "import pandas; pandas.{}.to_csv(\'data.csv\', index=False)"'
+OTHER_FORMATS = [               # how such a file begins, what it is, what to do
+    (rb"PAR1", "Parquet", PANDAS.format("read_parquet('FILE')")),
+    (rb"PK.*(xl/|docProps/|\[Content_Types)", "xlsx", PANDAS.format("read_excel('FILE')")),
+    (rb"PK\x03\x04", "a zip archive", "unpack it and give the file inside"),
+    (rb"BZh", "compressed with bz2", "unpack it with bunzip2"),
+    (rb"\x80[\x02-\x05]", "a pickle", "if you trust it, " + PANDAS.format("read_pickle('FILE')")),
+    (rb"\s*[\[{]\s*['\"\[{]", "JSON lines", PANDAS.format("read_json('FILE', lines=True)")),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16", "save it as UTF-8"),
+]
+
+
+def read_lines(path):
+    """Yield the lines of a text file, gzip or not; a byte that is not UTF-8 as a surrogate."""
+    try:
+        with open(path, "rb") as file:
+            if file.peek(2)[:2] == b"\x1f\x8b":
+                file = gzip.GzipFile(fileobj=file)
+            elif str(path).endswith(".gz"):
+                raise DataError(f"{path} is named .gz but is not gzip: rename it or compress it")
+            beginning = file.peek(4096)
+            for pattern, what, remedy in OTHER_FORMATS:
+                if re.match(pattern, beginning, re.DOTALL):
+                    raise DataError(f"{path} is {what}, not delimited text: {remedy}")
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
+            number = 0
+            while line := text.readline(LINE_LIMIT + 1):
+                number += 1
+                if len(line) > LINE_LIMIT:
+                    raise DataError(f"{path}, line {number}: over {LINE_LIMIT} characters: {EVENT}")
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}): check the path, its permissions and, "
+                        "for gzip, that the file is whole") from None
+
+
+def read_rows(path):
+    """Yield (line number, fields) of every row that is not blank. At least one, or DataError."""
+    lines = read_lines(path)
+    for begin, first in enumerate(lines, 1):
+        if first.strip():
+            break
+    else:
+        raise DataError(f"{path} is empty: it needs lines of user,item[,time]")
+    unquoted = re.sub('"[^"]*"', "", first).strip(" \r\n")
+    candidates = ["\t", "::", max(";,|", key=unquoted.count), " "]
+    delimiter = next((text for text in candidates if text in unquoted), None)
+    if delimiter is None:
+        raise DataError(f"{path}, line {begin}: no delimiter in {first.strip()[:60]!r}: separate "
+                        "the columns by tab, '::', comma, semicolon, '|' or space")
+    lines = itertools.chain([first], lines)
+    if delimiter == "::":
+        for number, line in enumerate(lines, begin):
+            if line.strip():
+                yield number, line.split("::")
+        return
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    number = begin
+    try:
+        for fields in reader:
+            if len(fields) > 1 or "".join(fields).strip():
+                yield number, fields
+            number = begin + reader.line_num       # a quoted field may span several lines
+    except csv.Error as error:
+        raise DataError(f"{path}, line {number}: {error}: check its quotes") from None
+
+
+# Names of columns in lower case, without spaces, "_" and "-". Where a header has several of a list,
+# the first of the list is taken: of times, the finest.
+USER_NAMES = "user userid uid reviewerid visitorid customerid sessionid".split()
+ITEM_NAMES = "item itemid iid movieid videoid sid productid asin parentasin".split()
+TIME_NAMES = ("timems timestampms timestamp unixreviewtime unixtime datetime eventtime createdat "
+              "ratedat time ts date").split()
+TITLE_NAMES = "title movietitle itemtitle producttitle name itemname".split()
+
+
+def column_names(row):
+    """The fields of a first row as names of columns, printable; RecBole writes name:type."""
+    names = [printable(field.partition(":")[0].strip()) for field in row]
+    while names and not names[-1]:                 # a delimiter at the end makes no column
+        names.pop()
+    return names
+
+
+def find_name(names, known):
+    """Position of the column with the first of the known names that occurs, or None."""
+    plain = [re.sub("[_ -]", "", name.lower()) for name in names]
+    return next((plain.index(name) for name in known if name in plain), None)
+
+
+def find_columns(names, place, columns=None):
+    """Whether the first row is a header, and the positions of user, item and, if any, time."""
+    text = ", ".join(names)[:200]
+    usual = [find_name(names, known) for known in (USER_NAMES, ITEM_NAMES, TIME_NAMES)]
+    header = usual[0] is not None and usual[1] is not None
+    no_digit = not re.search(r"\d", "".join(names))
+    if columns:
+        by_number = all(column.isdecimal() for column in columns)
+        labels = [str(k + 1) for k in range(len(names))] if by_number else names
+        for column in columns:
+            if column not in labels:
+                raise DataError(f"{place}: no column {column!r}: choose --columns by number from "
+                                f"1 to {len(names)}, or by name from {text}")
+        return header or no_digit or not by_number, [labels.index(column) for column in columns]
+    if header:
+        if usual[2] is None and len(names) > 2:
+            print(f"train.py: warning: {printable(place)}: no known time column in {text}: events "
+                  "are taken in file order; if one of the columns is the time, use --columns "
+                  "USER,ITEM,TIME", file=sys.stderr)
+        return True, [position for position in usual if position is not None]
+    if no_digit or not 2 <= len(names) <= 4:
+        raise DataError(f"{place}: unknown header, or no event user,item[,time]: {text}: use "
+                        "--columns USER,ITEM,TIME or put a line user,item,time above it; a line "
+                        "holds one event, not a user's whole sequence")
+    return False, {2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 3]}[len(names)]
+
+
+def describe(names, header, where):
+    """Which column is read as what, in words."""
+    roles = ["user", "item", "time"][:len(where)]
+    others = ", ".join(name for k, name in enumerate(names) if k not in where)[:200]
+    if header:
+        text = ", ".join(f"{role} from {names[k]}" for role, k in zip(roles, where))
+        unused = f"; other columns ({others}) unused"
+    else:
+        numbers = ", ".join(str(k + 1) for k in where)
+        text = f"no header: columns {numbers} are {', '.join(roles)}"
+        unused = "; ratings unused"
+    return text + unused if others else text
+
+
+def number(text):
+    """text as int, exactly, or else as a float, below 2^63 in size. Raises ValueError."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = float(text)
+    if not abs(value) < 2 ** 63:                   # nan is not, either
+        raise ValueError(f"{text[:40]!r} is not a finite number below 2^63")
+    return value
+
+
+def microseconds(text):
+    """From 1970 to an ISO 8601 time; without a zone it is UTC. Raises ValueError."""
+    match = ISO_8601.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text[:40]!r} is not ISO 8601, but an earlier time is")
+    day, minute, second, fraction, zone_hour, zone_minute = match.groups()
+    full = (f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '0')[:6]:0<6}"
+            f"{zone_hour or '+00'}:{zone_minute or '00'}")          # Python 3.10 needs all of it
+    return (datetime.fromisoformat(full) - EPOCH) // timedelta(microseconds=1)
+
+
+def read_file(path, columns=None):
+    """Events of a delimited text file, gzip or not. Raises DataError.
+
+    columns: texts, [USER, ITEM] or [USER, ITEM, TIME], all names in the header or all numbers from
+    1; None: they are found by their usual names, or by position.
+    """
+    rows = read_rows(path)
+    line, first = next(rows)
+    names = column_names(first)
+    header, where = find_columns(names, f"{path}, line {line}", columns)
+    if not header:
+        rows = itertools.chain([(line, first)], rows)
+    width, needed, read_time = len(names), max(where) + 1, None
+    u, i, t = where if len(where) == 3 else [*where, None]
+    users, items, times = array("i"), array("i"), array("q")
+    user_codes, item_codes = {}, {}                # raw id -> 0, 1, 2, ...
+    for line, row in rows:
+        try:
+            if len(row) < needed or len(row) > width and "".join(row[width:]).strip():
+                raise ValueError(f"{len(row)} columns where the first line has {width}")
+            user, item, when = row[u].strip(), row[i].strip(), len(times)
+            if user not in user_codes or item not in item_codes:
+                if not user or not item or CONTROL.search(user + item):
+                    raise ValueError(f"user {user[:40]!r}, item {item[:40]!r} cannot be ids")
+            if t is not None:
+                if read_time is None:              # the first time decides for all
+                    read_time = microseconds if ISO_8601.fullmatch(row[t]) else number
+                when = read_time(row[t])
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: {str(error)[:200]}: {EVENT}") from None
+        users.append(user_codes.setdefault(user, len(user_codes)))
+        items.append(item_codes.setdefault(item, len(item_codes)))
+        if type(when) is float and times.typecode == "q":
+            times = array("d", times)
+        times.append(when)
+    if not users:
+        raise DataError(f"{path} has a header but no events: it needs lines of user,item[,time]")
+    return Events(np.asarray(users), np.asarray(items), np.asarray(times), list(user_codes),
+                  list(item_codes), layout=describe(names, header, where))
+
+
+def read_titles(path):
+    """{raw item id: title} of a text file: its columns of known names, else its first two."""
+    titles, rows = {}, read_rows(path)
+    line, first = next(rows)
+    i, t = find_name(column_names(first), ITEM_NAMES), find_name(column_names(first), TITLE_NAMES)
+    if i is None or t is None:
+        i, t, rows = 0, 1, itertools.chain([(line, first)], rows)
+    for line, row in rows:
+        if len(row) <= max(i, t) or len(row) > len(first):
+            raise DataError(f"{path}, line {line}: {len(row)} columns where the first line has "
+                            f"{len(first)}: put what holds the delimiter in quotes")
+        # a byte that was not UTF-8 is taken as Latin-1, in which MovieLens writes
+        title = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), row[t].strip())
+        titles[row[i].strip()] = title
+    return titles
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,24 +298,6 @@ RECBOLE = "recbole==1.2.1"                      # its wheel holds a copy of ML-1
 RECBOLE_FOLDER = "recbole/dataset_example/ml-100k/ml-100k"
 # SHA-256 of the parsed events, as int64 (user, item, time), sorted: the same for either source
 ML_100K_EVENTS = "1afd07a2aed70da877a6e56275fd8531be6ee9b84a95484c641a2af341950882"
-
-
-def cache_folder():
-    """Where archives are kept: $LRUREC_CACHE, else lrurec in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.environ.get("LRUREC_CACHE") or os.path.join(base, "lrurec")
-
-
-def download(url, timeout=20, tries=2, opener=urllib.request.urlopen):
-    """The bytes behind url. Raises OSError when `tries` attempts of `timeout` seconds failed."""
-    for attempt in range(tries):
-        try:
-            with opener(url, timeout=timeout) as response:
-                return response.read()
-        except OSError:
-            if attempt == tries - 1:
-                raise
-            time.sleep(1)
 
 
 def recbole_wheel():
@@ -97,13 +313,42 @@ def recbole_wheel():
             return file.read()
 
 
+def parse_archive(name, archive, path):
+    """Events of a MovieLens archive (a file or its path); `path` is what error messages name."""
+    try:
+        with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory() as folder:
+            if name == "ml-1m":
+                members = "ml-1m/ratings.dat", "ml-1m/movies.dat"
+            elif "ml-100k/u.data" in file.namelist():
+                members = "ml-100k/u.data", "ml-100k/u.item"
+            else:
+                members = RECBOLE_FOLDER + ".inter", RECBOLE_FOLDER + ".item"
+            ratings, films = (file.extract(member, folder) for member in members)
+            events, titles = read_file(ratings), read_titles(films)
+            if members[0].startswith(RECBOLE_FOLDER):  # the year is apart, one title misspelt
+                for _, (item, title, year, _) in read_rows(films):
+                    titles[item] = "unknown" if title == "unkonwn" else f"{title} ({year})"
+        if name == "ml-100k":
+            users, items = np.array(events.user_ids, np.int64), np.array(events.item_ids, np.int64)
+            table = np.stack([users[events.users], items[events.items], events.times], 1)
+            table = table[np.lexsort(table.T[::-1])].astype("<i8")
+            if hashlib.sha256(table.tobytes()).hexdigest() != ML_100K_EVENTS:
+                raise ValueError("not the 100,000 events of ML-100K")
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is not an archive of {name} ({error}): "
+                        "delete it to have it fetched again") from None
+    return events._replace(titles=titles, layout="")
+
+
 def fetch_movielens(name, opener=urllib.request.urlopen):
     """Path of the archive of "ml-100k" or "ml-1m" in the cache, fetched where it is missing."""
-    path = os.path.join(cache_folder(), name + ".zip")
+    home = os.path.join(os.path.expanduser("~"), ".cache")
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or home, "lrurec")
+    path = os.path.join(os.environ.get("LRUREC_CACHE") or default, name + ".zip")
     if os.path.exists(path):
         return path
-    url, failures = GROUPLENS.format(name), []
-    sources = [("GroupLens", lambda: download(url, opener=opener))]
+    url, failures = GROUPLENS.format(name), {}
+    sources = 2 * [("GroupLens", lambda: opener(url, timeout=20).read())]
     if name == "ml-100k":
         sources.append((RECBOLE, recbole_wheel))
     for source, get in sources:
@@ -113,270 +358,81 @@ def fetch_movielens(name, opener=urllib.request.urlopen):
             archive = get()
             parse_archive(name, io.BytesIO(archive), "what came")  # a wrong one is not kept
         except (OSError, http.client.HTTPException, subprocess.SubprocessError, DataError) as error:
-            failures.append(f"{source}: {' '.join(str(error).split())}")
+            failures[source] = " ".join(str(error).split())
         else:
-            write_whole(path, archive)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path + ".part", "wb") as file:
+                file.write(archive)
+            os.replace(path + ".part", path)       # whole or not at all
             return path
-    raise DataError(f"{name} cannot be fetched ({'; '.join(failures)}): "
+    reasons = "; ".join(": ".join(failure) for failure in failures.items())
+    raise DataError(f"{name} cannot be fetched ({reasons}): "
                     f"download {url} by hand and put it at {path}")
-
-
-def write_whole(path, content):
-    """Write bytes to path whole or not at all. Raises OSError, which names path."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.part"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:                       # a full disk does not say which file
-        raise OSError(error.errno, error.strerror, path) from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def parse_archive(name, archive, path):
-    """Events of a MovieLens archive (a file or its path); `path` is what error messages name."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            if name == "ml-1m":
-                ratings, titles = file.read("ml-1m/ratings.dat"), file.read("ml-1m/movies.dat")
-                rows = [line.split("::") for line in titles.decode("latin-1").splitlines()]
-            elif "ml-100k/u.data" in file.namelist():
-                ratings, titles = file.read("ml-100k/u.data"), file.read("ml-100k/u.item")
-                rows = [line.split("|") for line in titles.decode("latin-1").splitlines()]
-            else:
-                ratings = file.read(RECBOLE_FOLDER + ".inter")
-                titles = file.read(RECBOLE_FOLDER + ".item").decode().splitlines()[1:]
-                # the copy spells the one film without a name "unkonwn", and cuts years off titles
-                rows = [(item, "unknown" if title == "unkonwn" else f"{title} ({year})")
-                        for item, title, year, _ in (line.split("\t") for line in titles)]
-        events = parse(ratings, path)._replace(titles={row[0]: row[1] for row in rows}, layout="")
-        if name == "ml-100k":
-            table = np.stack([np.array(events.user_ids, np.int64)[events.users],
-                              np.array(events.item_ids, np.int64)[events.items], events.times], 1)
-            table = table[np.lexsort(table.T[::-1])]
-            if hashlib.sha256(table.astype("<i8").tobytes()).hexdigest() != ML_100K_EVENTS:
-                raise ValueError("not the 100,000 events of ML-100K")
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, IndexError) as error:
-        raise DataError(f"{path} is not an archive of {name} ({error}): "
-                        "delete it to have it fetched again") from None
-    return events
-
-
-# ---------------------------------------------------------------------------------------------
-# Any delimited text
-
-USER_NAMES = {"user", "userid", "uid", "reviewerid"}
-ITEM_NAMES = {"item", "itemid", "iid", "movieid", "sid", "productid", "asin"}
-TIME_NAMES = {"timestamp", "time", "ts", "unixreviewtime"}
-
-
-def read_file(path, columns=None):
-    """Events of a delimited text file, gzip or not. Raises DataError.
-
-    columns: a list of texts [USER, ITEM] or [USER, ITEM, TIME], names in the header or numbers from
-    1; None: they are found by their usual names, or by position.
-    """
-    try:
-        path = os.fspath(path)
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: give the path of a readable file") from None
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is damaged gzip ({error}): fetch or compress it "
-                            "again") from None
-    elif path.endswith(".gz"):
-        raise DataError(f"{path} is named .gz but is not gzip: rename it or compress it")
-    return parse(content, path, columns)
-
-
-def parse(content, path, columns=None):
-    """Events of the bytes of a delimited text; `path` is what error messages name."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16: save it as UTF-8")
-    if b"\0" in content:
-        line = content[:content.index(b"\0")].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: a NUL byte: this is not a text file")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: byte {content[error.start]:#04x} is not UTF-8: "
-                        "save the file as UTF-8 text") from None
-    lines = io.StringIO(text, newline=None)
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
-        raise DataError(f"{path} is empty: it needs lines of user,item[,time]")
-    line = first.strip(" \r\n")
-    by_count = sorted(";,|", key=line.count, reverse=True)
-    delimiter = next((d for d in ["\t", "::", *by_count, " "] if d in line), None)
-    if delimiter is None:
-        raise DataError(f"{path}: no delimiter in {first.strip()[:60]!r}: separate the columns "
-                        "by tab, '::', comma, semicolon, '|' or space")
-    lines.seek(0)
-    if delimiter == "::":
-        reader = (line.rstrip("\n").split("::") for line in lines)
-    else:
-        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-    return _parse_rows(reader, path, columns)
-
-
-def _parse_rows(reader, path, columns):
-    """Events of rows of fields. The loop runs once an event, so it is kept bare."""
-    user_codes, item_codes, users, items, times = {}, {}, [], [], []
-    where, n = None, 0
-
-    def wrong(text):
-        line = getattr(reader, "line_num", n)      # a quoted field may span several
-        return DataError(f"{path}, line {line}: {text}")
-
-    try:
-        for n, row in enumerate(reader, 1):
-            if len(row) < 2 and not "".join(row).strip():
-                continue
-            if where is None:
-                header, where = find_columns(row, path, n, columns)
-                u, i, t = (*where, None)[:3]
-                if header:
-                    continue
-            try:
-                user, item = row[u].strip(), row[i].strip()
-                when = len(times) if t is None else _number(row[t])
-            except IndexError:
-                raise wrong(f"{len(row)} columns where {max(where) + 1} are needed: complete or "
-                            "remove it") from None
-            except ValueError:
-                raise wrong(f"time {row[t][:40]!r} is not a finite number below 2^63: give seconds "
-                            "or milliseconds" + "; if this is a header, name its columns with "
-                            "--columns USER,ITEM,TIME" * (not users)) from None
-            if not user or not item:
-                raise wrong(f"an empty {'item' if user else 'user'} id: fill it in or remove the "
-                            "line")
-            users.append(user_codes.setdefault(user, len(user_codes)))
-            items.append(item_codes.setdefault(item, len(item_codes)))
-            times.append(when)
-    except csv.Error as error:
-        raise wrong(f"{error}: check its quotes") from None
-    if not users:
-        raise DataError(f"{path} has a header but no events: it needs lines of user,item[,time]")
-    layout = (f"user, item{', time' * (t is not None)} read from columns "
-              f"{', '.join(str(column + 1) for column in where)}, "
-              f"{'a header' if header else 'no header'}; ")
-    return Events(np.array(users), np.array(items), np.array(times),
-                  list(user_codes), list(item_codes), layout=layout)
-
-
-def _number(text):
-    """text as int, exactly, or else as a float, below 2^63 in size. Raises ValueError."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = float(text)
-    if not abs(value) < 2 ** 63:                   # nan is not, either
-        raise ValueError(text)
-    return value
-
-
-def find_columns(row, path, line, columns=None):
-    """Whether the first row is a header, and the positions of user, item and, if any, time."""
-    fields = [field.strip() for field in row]
-    plain = [field.partition(":")[0] for field in fields]         # RecBole writes name:type
-    names = [re.sub("[_ -]", "", field.lower()) for field in plain]
-
-    def position(known):
-        return next((k for k, name in enumerate(names) if name in known), None)
-
-    user, item, when = position(USER_NAMES), position(ITEM_NAMES), position(TIME_NAMES)
-    header = user is not None and item is not None
-    if columns and columns[0].isdecimal():
-        where = [int(column) - 1 for column in columns]
-        if max(where) >= len(row):
-            raise DataError(f"{path}, line {line}: {len(row)} columns, but --columns asks for "
-                            f"number {max(where) + 1}: count them from 1")
-        return header, where
-    if columns:
-        missing = [c for c in columns if c not in fields and c not in plain]
-        if missing:
-            raise DataError(f"{path}, line {line}: no column {missing[0]!r} in the header; it has "
-                            f"{', '.join(fields)[:200]}")
-        return True, [fields.index(c) if c in fields else plain.index(c) for c in columns]
-    if header:
-        return True, [user, item] + ([] if when is None else [when])
-    if len(row) < 2:
-        raise DataError(f"{path}, line {line}: one column where user,item[,time] are needed: see "
-                        "its delimiter")
-    return False, [[0, 1], [0, 1, 2], [0, 1, 3]][min(len(row), 4) - 2]
 
 
 # ---------------------------------------------------------------------------------------------
 # From events to sequences
 
-def load_dataset(source, min_count=5, ties="item", seed=0, columns=None):
+def load_dataset(source, min_count=5, ties="item", seed=0, columns=None, titles=None):
     """source, "ml-100k", "ml-1m" or the path of a file -> Dataset. Raises DataError.
 
-    columns     of a file, as in read_file
+    columns     as in read_file; titles: the path of a file for read_titles
     min_count   items, then users, with fewer events are dropped, one pass each; 0 keeps all
     ties        order of a user's events of equal time: "item" by id, as the official code (a
                 pattern that a model can learn), "file" as in the file, "random" drawn from seed
     """
+    if ties not in ("item", "file", "random"):
+        raise DataError(f"ties must be 'item', 'file' or 'random' (got {ties!r})")
+    if columns and (source in NAMES or not 2 <= len(set(columns)) == len(columns) <= 3):
+        raise DataError(f"--columns must be USER,ITEM or USER,ITEM,TIME of a file (got {columns})")
     if source in NAMES:
         path = fetch_movielens(source)
         events = parse_archive(source, path, path)
     else:
         events = read_file(source, columns)
+    if titles is not None:
+        events = events._replace(titles=read_titles(titles))
+        if not events.titles.keys() & set(events.item_ids):
+            raise DataError(f"{titles}: no id of an item of {source}: give lines of item_id,title")
     return prepare(events, source, min_count, ties, seed)
 
 
 def prepare(events, name, min_count=5, ties="item", seed=0):
     """Events -> Dataset: repeats dropped, rare items and users dropped, ids 1..V, time order."""
-    users, items, times = events.users, events.items, events.times
-    repeat = np.zeros(len(users), bool)            # of the (user, item) in the line before
-    repeat[1:] = (users[1:] == users[:-1]) & (items[1:] == items[:-1])
-    keep = np.flatnonzero(~repeat)
+    users, items = events.users, events.items
+    differs = (users[1:] != users[:-1]) | (items[1:] != items[:-1])     # from the event before
+    keep = np.flatnonzero(np.append(True, differs))
     for codes in (items, users):
         keep = keep[np.bincount(codes[keep])[codes[keep]] >= min_count]
     if not len(keep):
         raise DataError(f"{name}: nobody is left after dropping items, then users, with fewer "
                         f"than {min_count} events: lower --min-count")
-    users, items, times = users[keep], items[keep], times[keep]
-    users, _ = _renumber(users, events.user_ids)
-    items, item_ids = _renumber(items, events.item_ids)
+    users, user_ids = renumber(users[keep], events.user_ids)
+    items, item_ids = renumber(items[keep], events.item_ids)
     items += 1                                     # 0 is the empty history
     tie = {"item": items, "file": np.arange(len(items)),
            "random": np.random.default_rng(seed).permutation(len(items))}[ties]
-    order = np.lexsort((tie, times, users))
-    items, counts = items[order], np.bincount(users)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    items = items[np.lexsort((tie, events.times[keep], users))]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
+    digest = hashlib.sha256(items.astype("<i8").tobytes() + offsets.astype("<i8").tobytes())
+    for raw in item_ids:
+        digest.update(b"\0" + raw.encode())
     item_ids = [""] + item_ids
-    digest = hashlib.sha256(items.astype("<i8").tobytes() + offsets.astype("<i8").tobytes()
-                            + "\0".join(item_ids).encode()).hexdigest()
-    titles = [events.titles.get(raw, raw) for raw in item_ids]
-    return Dataset(name, items, offsets, item_ids, titles, digest, events.layout)
+    titles = [events.titles.get(raw) or raw for raw in item_ids]
+    return Dataset(name, items, offsets, user_ids, item_ids, titles, digest.hexdigest(),
+                   events.layout)
 
 
-def _renumber(codes, raw_ids):
-    """Codes 0.. in ascending order of the raw ids that occur -> codes, those raw ids.
-
-    Raw ids are compared as numbers where all are, else as text.
-    """
-    used = np.unique(codes)
-    raw = [raw_ids[code] for code in used]
+def renumber(codes, raw_ids):
+    """Codes from 0 in the order of the raw ids, as numbers where all are -> codes, raw ids."""
+    order = sorted(np.flatnonzero(np.bincount(codes)).tolist(), key=raw_ids.__getitem__)
     try:
-        keys = [(_number(text), text) for text in raw]
+        order = sorted(order, key=lambda code: number(raw_ids[code]))    # equal ones stay by text
     except ValueError:
-        keys = raw
-    order = sorted(range(len(raw)), key=keys.__getitem__)
+        pass                                       # not all are numbers
     new = np.empty(len(raw_ids), np.int64)
-    new[used[order]] = np.arange(len(used))
-    return new[codes], [raw[k] for k in order]
+    new[order] = np.arange(len(order))
+    return new[codes], [raw_ids[code] for code in order]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -393,10 +449,9 @@ class Rows(NamedTuple):
 def training_rows(data, max_len=None):
     """Rows of the training events, in windows of at most max_len rows (None: one a user).
 
-    Events s0, s1, ... give rows (0 -> s0), (s0 -> s1), ...; the first is a segment of its own.
-    Windows are cut from the end, so that a user's first one may be short. Unlike the official
-    code, which drops early events and gives each full window a row without history, every event
-    is a target exactly once.
+    Events s0, s1, ... give rows (0 -> s0), (s0 -> s1), ... A wall stands before the second: 0 is no
+    event, and at test a history begins with its first event. Windows are cut from the end, so a
+    user's first may be short. Every event is a target once; the official code drops early events.
     """
     lengths = np.diff(data.offsets)
     lengths = np.where(lengths >= 3, lengths - 2, lengths)        # the last two are held out
@@ -421,15 +476,25 @@ def batches(rows, batch_size, rng):
         yield rows.items[index], rows.targets[index], rows.starts[index]
 
 
+def last_events(data, begins, ends, max_len):
+    """A list of the arrays items[begin:end], cut to their last max_len events."""
+    if max_len:
+        begins = np.maximum(begins, ends - max_len)
+    return [data.items[begin:end] for begin, end in zip(begins, ends)]
+
+
 def histories(data, split, max_len=None):
-    """(histories, truth) of all evaluated users; split "validation" or "test".
+    """(histories, truth) of all users with 3 events or more; split "validation" or "test".
 
     histories: a list of arrays, each user's last max_len events before the true one (at test,
-    the validation event is one of them); truth (users,). Users with fewer than 3 events are
-    not evaluated.
+    the validation event is one of them); truth (users,).
     """
     held_out = {"validation": 2, "test": 1}[split]
     users = np.flatnonzero(np.diff(data.offsets) >= 3)
     ends = data.offsets[users + 1] - held_out
-    begins = data.offsets[users] if not max_len else np.maximum(data.offsets[users], ends - max_len)
-    return [data.items[b:e] for b, e in zip(begins, ends)], data.items[ends]
+    return last_events(data, data.offsets[users], ends, max_len), data.items[ends]
+
+
+def full_histories(data, max_len=None):
+    """Every user's last max_len events, nothing held out: a list of arrays, as in offsets."""
+    return last_events(data, data.offsets[:-1], data.offsets[1:], max_len)
