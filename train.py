@@ -1,144 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""The program: train LRURec on a data set, evaluate a saved model, recommend with it, look inside.
+"""The program: train LRURec, evaluate a saved model, recommend with it, look inside.
 
-    python train.py                              ML-100K with the defaults, start to finish
-    python train.py train --data FILE --epochs 50 --out runs/mine
-    python train.py train --out runs/mine --resume
-    python train.py evaluate runs/mine/model.npz
-    python train.py recommend runs/mine/model.npz "Star Wars" "Fargo"
-    python train.py recommend runs/mine/model.npz            an interactive session
-    python train.py inspect runs/mine/model.npz
-    python train.py bench
+    python train.py                      train on ML-100K with the defaults, start to finish
+    python train.py train --help         the flags of a training run (train may be left out)
+    python train.py COMMAND --help       the same for evaluate, compare, recommend, inspect, bench
 
-No mathematics of the model stands here: see lrurec.py, and data.py for the protocol's data side.
+Read on to "A run's files" and you have seen how the model is trained. The model itself is in
+lrurec.py; filtering, splits and batches are in data.py.
 """
 import os
+import sys
+import warnings
 
-for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
-                 "VECLIB_MAXIMUM_THREADS"):
-    os.environ[variable] = "1"                     # the workers below share out shards instead
+# Our own threads share the work, so BLAS gets one; it looks when NumPy is first imported
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+                "VECLIB_MAXIMUM_THREADS")
+if "numpy" in sys.modules and not any(os.environ.get(name) == "1" for name in BLAS_THREADS):
+    warnings.warn("NumPy was imported before train.py and uses several BLAS threads: training can "
+                  "be ten times slower. Import train first, or set OPENBLAS_NUM_THREADS=1")
+os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
 
 import argparse
 import collections
 import contextlib
+import csv
 import ctypes
 import difflib
-import errno
-import itertools
+import functools
+import glob
 import json
 import math
-import mmap
-import multiprocessing
+import re
 import shlex
-import signal
-import sys
-import threading
 import time
-import warnings
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 import data as reader
 import lrurec
-from data import DataError
+from data import DataError, printable
 
-SHARD_ROWS = 1000             # a batch is cut into shards of about so many rows
-GROUP_ROWS = 2048             # so many are encoded at once in the evaluation
-BUFFER = 1024                 # entries, into which NumPy copies short rows first; by its own 8192
-                              # it copies longer rows too, at 3 % of the time
+SHARD_ROWS = 2000             # a batch is cut into shards of about so many rows
+GROUP_ROWS = 2048             # so many rows are encoded at once in the evaluation
+GROUP_SCORES = 2 ** 22        # and so many scores are held: users x items
+BATCH_EVENTS = 1400           # the default batch has as many windows as hold about so many
 MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
-
-# of the authors' code; the bench runs these
-PUBLISHED = {"batch_size": 128, "max_len": 200, "dropout": 0.2, "lr": 1e-3, "weight_decay": 0.01,
-             "max_phase": 1.0}
-NOT_SAVED = ("out", "resume", "threads", "device")
-OLDER_RUNS = {"schedule": "constant", "max_phase": 1.0}           # before there were such flags
-FREE = ("epochs", "patience", *NOT_SAVED)          # may differ on --resume
+SHOWN = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR")
 
 
-# ---------------------------------------------------------------------------------------------
-# Workers
+# ---- Evaluation
 
-CAN_FORK = sys.platform == "linux"                 # elsewhere it is missing, or not safe
-AHEAD = 2                                          # tasks handed out at once, for each worker
+def leave_out(scores, seen):
+    """Set the scores of "nothing" and of each user's history to -inf, in place."""
+    scores[:, 0] = -np.inf
+    rows = np.repeat(np.arange(len(seen)), [len(history) for history in seen])
+    scores[rows, np.concatenate(seen)] = -np.inf
 
-
-@contextlib.contextmanager
-def workers(function, n):
-    """Yield a map for function: tasks (a list) -> the results in order, from n processes.
-
-    Processes, since a thread needs the interpreter's one lock between any two NumPy calls, and
-    waiting for it takes longer than a small call. They are forked: function and all that it
-    refers to are there as they were then; only arrays made by `shared` stay common. Where that
-    cannot be done: threads. For one worker, and on a GPU: this process. Task k + AHEAD n begins
-    when result k has been taken.
-    """
-    if n == 1 or lrurec.xp is not np:
-        yield lambda tasks: map(function, tasks)
-        return
-    if CAN_FORK:
-        pool, work = ProcessPoolExecutor(n, multiprocessing.get_context("fork"),
-                                         begin_work, (function,)), do_work
-    else:
-        pool, work = ThreadPoolExecutor(n, initializer=np.setbufsize, initargs=(BUFFER,)), function
-
-    def in_order(tasks):
-        futures = collections.deque()
-        for task in tasks:
-            if len(futures) == AHEAD * n:
-                yield futures.popleft().result()
-            with no_ctrl_c():                      # workers, forked here, inherit that
-                futures.append(pool.submit(work, task))
-        while futures:
-            yield futures.popleft().result()
-
-    with pool:
-        try:
-            yield in_order
-        except BaseException:                      # a pool that could not start does not end either
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-
-
-@contextlib.contextmanager
-def no_ctrl_c():
-    """Ctrl-C waits until the end, and never comes to a process forked in between."""
-    if CAN_FORK:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if CAN_FORK:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def begin_work(function):
-    """In a forked process, which is to end with its parent, even where that is killed."""
-    global do_work_on
-    do_work_on = function
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def do_work(task):
-    return do_work_on(task)
-
-
-def shared(arrays):
-    """Zeros of the shapes and types of a dict of arrays, which processes forked later have in
-    common. (On a GPU one process does all the work.)"""
-    if lrurec.xp is not np:
-        return {name: lrurec.xp.zeros_like(array) for name, array in arrays.items()}
-    return {name: np.frombuffer(mmap.mmap(-1, array.nbytes), array.dtype).reshape(array.shape)
-            for name, array in arrays.items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
 
 def ranks(scores, seen, truth):
     """Rank, from 0, of each user's true item among all items but those in the history.
@@ -147,10 +67,8 @@ def ranks(scores, seen, truth):
     A tie counts against us; a true item found in the history is a miss: infinite rank.
     """
     users = np.arange(len(truth))
-    scores[:, 0] = -np.inf
     true_scores = scores[users, truth]
-    rows = np.repeat(users, [len(s) for s in seen])
-    scores[rows, np.concatenate(seen)] = -np.inf
+    leave_out(scores, seen)
     ahead = (~(scores < true_scores[:, None])).sum(1) - 1.0       # itself not counted
     ahead[np.isneginf(scores[users, truth])] = np.inf
     return ahead
@@ -158,42 +76,43 @@ def ranks(scores, seen, truth):
 
 def metrics(rank):
     """Ranks from 0 (users,) -> {"Recall@k", "NDCG@k" for k in KS, "MRR"}: means over users."""
-    table = {f"Recall@{k}": float((rank < k).mean()) for k in KS}
     gain = 1 / np.log2(rank + 2)
+    table = {f"Recall@{k}": float((rank < k).mean()) for k in KS}
     table.update({f"NDCG@{k}": float((gain * (rank < k)).mean()) for k in KS})
     return {**table, "MRR": float((1 / (rank + 1)).mean())}
 
 
-def evaluate(scorer, data, split, max_len=None, n=1):
-    """Metrics of scorer(list of histories) -> scores (users, V+1) on "validation" or "test", by n
-    workers."""
+def groups(histories, n_items):
+    """Yield slices of users, one after another, that are small enough to be scored at once."""
+    first, rows, most_users = 0, 0, max(1, GROUP_SCORES // (n_items + 1))
+    for user, history in enumerate(histories):
+        if user > first and (rows + len(history) > GROUP_ROWS or user - first == most_users):
+            yield slice(first, user)
+            first, rows = user, 0
+        rows += len(history)
+    yield slice(first, len(histories))
+
+
+def evaluate(scorer, data, split, max_len=None, threads=1):
+    """Metrics of scorer, from a list of histories to scores (users, V+1), on split, "validation" or
+    "test". None where no user has enough events."""
     seen, truth = reader.histories(data, split, max_len)
     if not len(truth):
         return None
-    most_users = max(1, 2 ** 22 // len(data.item_ids))            # bounds users x V scores
-    groups, rows = [[]], 0
-    for user, history in enumerate(seen):
-        if groups[-1] and (rows + len(history) > GROUP_ROWS or len(groups[-1]) >= most_users):
-            groups.append([])
-            rows = 0
-        groups[-1].append(user)
-        rows += len(history)
-
-    def group_ranks(group):
-        history = [seen[user] for user in group]
-        return ranks(scorer(history), history, truth[group])
-
-    with workers(group_ranks, min(n, len(groups))) as call:
-        return metrics(np.concatenate(list(call(groups))))
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(lambda group: ranks(scorer(seen[group]), seen[group], truth[group]),
+                         groups(seen, len(data.item_ids) - 1))
+        return metrics(np.concatenate(list(parts)))
 
 
 def model_scorer(params):
     """The model as a scorer for evaluate."""
     def scorer(seen):
-        starts = np.concatenate([np.arange(len(history)) == 0 for history in seen])
+        lengths = [len(history) for history in seen]
+        ends = np.cumsum(lengths)
+        starts = np.isin(np.arange(ends[-1]), ends - lengths)     # a wall before each history
         hidden = lrurec.encode(params, np.concatenate(seen), starts)
-        last = np.cumsum([len(history) for history in seen]) - 1
-        return lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(last)]))
+        return lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(ends - 1)]))
     return scorer
 
 
@@ -203,9 +122,7 @@ def baseline_scorers(data):
     size = len(data.item_ids)
     popularity = np.bincount(rows.targets, minlength=size).astype(float)
     fraction = popularity / (len(rows.targets) + 1)               # < 1: it breaks ties only
-    follows = rows.items > 0
-    pairs, counts = np.unique(rows.items[follows] * size + rows.targets[follows],
-                              return_counts=True)
+    pairs, counts = np.unique(rows.items * size + rows.targets, return_counts=True)
 
     def by_popularity(seen):
         return np.tile(popularity, (len(seen), 1))
@@ -213,445 +130,512 @@ def baseline_scorers(data):
     def by_markov(seen):
         scores = np.tile(fraction, (len(seen), 1))
         for user, history in enumerate(seen):
-            a, b = np.searchsorted(pairs, [history[-1] * size, (history[-1] + 1) * size])
-            scores[user, pairs[a:b] % size] += counts[a:b]
+            first, end = np.searchsorted(pairs, [history[-1] * size, (history[-1] + 1) * size])
+            scores[user, pairs[first:end] % size] += counts[first:end]
         return scores
 
     return {"popularity": by_popularity, "markov": by_markov}
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-
-def n_shards(n_rows):
-    """An even number, for two workers to share, of about SHARD_ROWS rows each (on a GPU one)."""
-    return 1 if lrurec.xp is not np else 2 * max(1, round(n_rows / SHARD_ROWS / 2))
-
-
-def shards(items, targets, starts):
-    """Cut a batch into shards, at the walls nearest to equal parts."""
-    n = n_shards(len(items))
-    walls = np.flatnonzero(starts)
-    wanted = len(items) * np.arange(1, n) / n
-    cuts = np.unique(walls[abs(walls[:, None] - wanted).argmin(0)])
-    cuts = cuts[0 < cuts]
-    return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
-
-
-@contextlib.contextmanager
-def gradient_workers(params, config, n_rows):
-    """Yield params, a copy whose changes all workers see, and a function gradients: a batch, the
-    step's number -> the batch's mean loss, its gradients.
-
-    The shards, their random streams and the order of the sums depend on batch and step alone, so
-    that the result does not depend on how many workers there are. No more of them start than a
-    batch of n_rows has shards.
-    """
-    n, originals = min(config["threads"], n_shards(n_rows)), params
-    params, *slots = (shared(originals) for _ in range(1 + AHEAD * n))
-    for name, p in originals.items():
-        params[name][...] = p
-
-    def shard_loss(task):
-        slot, seed, weight, shard = task
-        rng = np.random.default_rng(seed)
-        loss, grads = lrurec.loss_and_grads(params, *shard, config["dropout"], rng)
-        for name, g in grads.items():
-            lrurec.xp.multiply(g, weight, out=slots[slot][name])  # a slot holds one shard's
-        return weight * loss
-
-    with workers(shard_loss, n) as call:
-        def gradients(batch, step):
-            parts = shards(*batch)
-            weights = np.array([np.count_nonzero(targets) for _, targets, _ in parts])
-            weights = weights / weights.sum()
-            tasks = [(k % len(slots), [config["seed"], step, k], float(weights[k]), parts[k])
-                     for k in range(len(parts))]
-            loss, total = 0, None
-            for (slot, *_), part in zip(tasks, call(tasks)):
-                loss = loss + part
-                if total is None:
-                    total = {name: g.copy() for name, g in slots[slot].items()}
-                else:
-                    for name, g in slots[slot].items():
-                        total[name] += g
-            return loss, total
-        yield params, gradients
-
-
-def train_step(params, opt, batch, config, gradients):
-    """One AdamW step on a batch -> its mean loss."""
-    loss, grads = gradients(batch, opt["step"])
-    lrurec.clip_gradients(grads, MAX_NORM)
-    lrurec.adamw_update(params, grads, opt, config["lr"], config["weight_decay"])
-    return loss
-
+# ---- Training
 
 def fit(data, config, folder, run=None):
-    """Train until patience or epochs run out -> run, the state of the training.
+    """Train until patience or epochs run out -> run, the state of the training, a dict: config,
+    params, mean (their running mean, which is the model), opt, epoch, history (a dict per epoch).
 
-    config: as DEFAULTS. run: what `read_run` returned, to go on from there. After every epoch
-    folder holds model.npz (the best epoch) and last.npz (all that going on needs).
+    config names what differs from DEFAULTS. run: what read_run returned, to continue from there.
+    After every epoch folder holds model.npz (the best epoch) and last.npz (all that continuing
+    needs). Raises DataError for a wrong config and for a loss that is not finite.
     """
+    config = full_config(config)
     rows = reader.training_rows(data, config["max_len"])
+    if config["batch_size"] is None:
+        n_windows = len(rows.windows) - 1
+        config["batch_size"] = max(1, round(BATCH_EVENTS * n_windows / len(rows.items)))
     if run is None:
         params = lrurec.init_params(len(data.item_ids) - 1, config["d_model"],
                                     n_blocks=config["n_blocks"], max_phase=config["max_phase"],
                                     rng=np.random.default_rng(config["seed"]))
-        run = {"params": params, "opt": lrurec.adamw_init(params), "epoch": 0, "seconds": 0.0,
-               "best": {"epoch": 0, "validation": None}, "history": []}
-    while (run["epoch"] < config["epochs"]
-           and run["epoch"] - run["best"]["epoch"] < config["patience"]):
-        fit_epoch(data, rows, config, folder, run)
+        mean = {name: p.copy() for name, p in params.items()} if config["average"] else params
+        run = {"params": params, "mean": mean, "opt": lrurec.adamw_init(params), "epoch": 0,
+               "history": []}
+    run["config"] = config
+    os.makedirs(folder, exist_ok=True)
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        while (run["epoch"] < config["epochs"]
+               and run["epoch"] - best_epoch(run) < config["patience"]):
+            begin = time.perf_counter()
+            loss = train_epoch(pool, rows, run)
+            validation = evaluate(model_scorer(run["mean"]), data, "validation",
+                                  config["max_len"], config["threads"])
+            line = end_epoch(run, loss, validation, time.perf_counter() - begin)
+            write_run(folder, run, data, validation)
+            print(line, flush=True)
     return run
 
 
-def fit_epoch(data, rows, config, folder, run):
-    """One more epoch of run: its steps, its validation, its files and its line."""
-    opt, best = run["opt"], run["best"]
-    begin, epoch, losses = time.perf_counter(), run["epoch"] + 1, []
-    n_batches = -(-(len(rows.windows) - 1) // config["batch_size"])
+def best_epoch(run):
+    """The first epoch of the best validation; the last one where there is nobody to validate on."""
+    recalls = [epoch[BEST] for epoch in run["history"]]
+    if not recalls or None in recalls:
+        return len(recalls)
+    return recalls.index(max(recalls)) + 1
+
+
+def train_epoch(pool, rows, run):
+    """One more epoch of AdamW steps, over all windows in random order -> mean loss."""
+    params, opt, config, losses = run["params"], run["opt"], run["config"], []
+    epoch = run["epoch"] + 1
+    n_batches = math.ceil((len(rows.windows) - 1) / config["batch_size"])
+    n_steps = n_batches * config["epochs"]
+    begin = time.perf_counter() - sum(past["seconds"] for past in run["history"])
     rng = np.random.default_rng([config["seed"], epoch])          # for the order of the windows
-    n_rows = len(rows.items) / n_batches
-    with gradient_workers(run["params"], config, n_rows) as (params, gradients):
-        for n, batch in enumerate(reader.batches(rows, config["batch_size"], rng), 1):
-            lr = learning_rate(config, opt["step"] / (n_batches * config["epochs"]))
-            losses.append(train_step(params, opt, batch, {**config, "lr": lr}, gradients))
-            done = (n + n_batches * (epoch - 1)) / (n_batches * config["epochs"])
-            spent = run["seconds"] + time.perf_counter() - begin
-            progress(f"epoch {epoch}/{config['epochs']}  batch {n}/{n_batches}  "
-                     f"at most {spent / done - spent:.0f} s to go")
-    run["params"] = params
-    losses = lrurec.to_host(lrurec.xp.stack([lrurec.xp.asarray(loss) for loss in losses]))
-    if not finite(params):
-        losses[-1] = np.nan                        # the last step broke them
-    if not np.isfinite(losses).all():
-        batch = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
-        kept = f"; {folder} keeps the {epoch - 1} before" if epoch > 1 else ""
-        raise DataError(f"the loss is not finite in epoch {epoch}, batch {batch}: lower --lr{kept}")
-    validation = evaluate(model_scorer(params), data, "validation", config["max_len"],
-                          config["threads"])
-    value = validation and validation[BEST]        # None: there is no user to validate on
-    star = value is None or best["validation"] is None or value > best["validation"][BEST]
-    seconds = time.perf_counter() - begin
-    run["epoch"], run["seconds"] = epoch, run["seconds"] + seconds
-    run["history"].append({"epoch": epoch, "loss": float(losses.mean()), BEST: value,
-                           "seconds": seconds})
-    if star:
-        run["best"] = {"epoch": epoch, "validation": validation}
-    write_run(folder, run, config, data)
+    for batch in reader.batches(rows, config["batch_size"], rng):
+        lr = config["lr"]
+        if config["schedule"] == "cosine":
+            lr *= 0.5 * (1 + math.cos(math.pi * (opt["step"] / n_steps)))
+        loss = train_step(pool, params, opt, batch, config, lr)
+        if config["average"]:                      # mean <- mean + (1 - d)(p - mean), d rising
+            d = min(config["average"], (1 + opt["step"]) / (10 + opt["step"]))
+            for name, p in params.items():
+                run["mean"][name] += (1 - d) * (p - run["mean"][name])
+        losses.append(lrurec.xp.asarray(loss))
+        done = run["epoch"] * n_batches + len(losses)
+        left = (time.perf_counter() - begin) * (n_steps - done) / done
+        progress(f"epoch {epoch}/{config['epochs']}  batch {len(losses)}/{n_batches}  "
+                 f"at most {left:.0f} s to go")
     progress("")
-    result = "no user to validate on" if value is None else f"validation {BEST} {value:.4f}"
-    print(f"epoch {epoch:3d}  loss {losses.mean():.4f}  {result}{' *' if star else '  '}"
-          f"  {seconds:.1f} s", flush=True)
+    losses = lrurec.to_host(lrurec.xp.stack(losses))             # on a GPU the first wait
+    if not np.isfinite(losses).all() or not finite(params):
+        raise DataError(f"the loss is not finite in epoch {epoch}: lower --lr")
+    return float(losses.mean())
 
 
-def learning_rate(config, done):
-    """The step size after a fraction `done` of --epochs: --lr, or half a cosine from it to 0."""
-    cosine = config["schedule"] == "cosine"
-    return config["lr"] * (0.5 * (1 + math.cos(math.pi * done)) if cosine else 1)
+def train_step(pool, params, opt, batch, config, lr):
+    """One step of AdamW, in place -> the batch's mean loss."""
+    loss, grads = gradients(pool, params, batch, config, opt["step"])
+    lrurec.clip_gradients(grads, MAX_NORM)
+    lrurec.adamw_update(params, grads, opt, lr, config["weight_decay"])
+    return loss
+
+
+def gradients(pool, params, batch, config, step):
+    """Mean loss and gradients of a batch (items, targets, starts) -> loss, grads.
+
+    The pool's threads work on shards of the batch, since NumPy lets go of the interpreter's lock.
+    The shards, their dropout and the order of the sums depend on batch, seed and step alone: the
+    number of threads does not change a bit of the result.
+    """
+    parts, n_targets = shards(*batch), np.count_nonzero(batch[1])
+
+    def shard_gradients(k):
+        rng = np.random.default_rng([config["seed"], step, k])
+        loss, grads = lrurec.loss_and_grads(params, *parts[k], config["dropout"], rng)
+        weight = np.count_nonzero(parts[k][1]) / n_targets        # from its mean to the batch's
+        for g in grads.values():
+            g *= weight
+        return weight * loss, grads
+
+    run_all = pool.map if config["threads"] > 1 else map          # a profiler sees no other thread
+    results = run_all(shard_gradients, range(len(parts)))
+    loss, grads = next(results)
+    for shard_loss, shard_grads in results:
+        loss = loss + shard_loss
+        for name, g in shard_grads.items():
+            grads[name] += g
+    return loss, grads
+
+
+def shards(items, targets, starts):
+    """Cut a batch into shards of about SHARD_ROWS rows, at the walls nearest to equal parts: an
+    even number, for two threads to share; on a GPU one."""
+    n = 2 * max(1, round(len(items) / SHARD_ROWS / 2)) if lrurec.xp is np else 1
+    walls = np.flatnonzero(starts)
+    wanted = len(items) * np.arange(1, n) / n
+    after = np.minimum(np.searchsorted(walls, wanted), len(walls) - 1)
+    before = np.maximum(after - 1, 0)
+    before_is_nearer = wanted - walls[before] <= walls[after] - wanted
+    cuts = np.unique(np.where(before_is_nearer, walls[before], walls[after]))
+    cuts = cuts[cuts > 0]
+    return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
+
+
+def end_epoch(run, loss, validation, seconds):
+    """Enter an epoch into run -> the line that says how it went."""
+    found = validation or {BEST: None, "NDCG@10": None}
+    run["epoch"] += 1
+    run["history"].append({"epoch": run["epoch"], "loss": loss, BEST: found[BEST],
+                           "NDCG@10": found["NDCG@10"], "seconds": seconds})
+    result = f"validation {BEST} {found[BEST]:.4f}" if validation else "no user to validate on"
+    mark = "*" if best_epoch(run) == run["epoch"] else " "
+    return f"epoch {run['epoch']:3d}  loss {loss:.4f}  {result} {mark}  {seconds:.1f} s"
 
 
 def finite(params):
     return all(bool(lrurec.xp.isfinite(p).all()) for p in params.values())
 
 
-def write_run(folder, run, config, data):
-    """model.npz, if this epoch is the best, then last.npz."""
-    common = {"config": {name: config[name] for name in config if name not in NOT_SAVED},
-              "digest": data.digest, "epoch": run["epoch"]}
-    if run["epoch"] == run["best"]["epoch"]:
-        lrurec.save(os.path.join(folder, "model.npz"), run["params"], **common,
-                    item_ids=data.item_ids, titles=data.titles)
-    opt = run["opt"]
-    moments = {f"{kind}/{name}": opt[kind][name] for kind in "mv" for name in opt[kind]}
-    lrurec.save(os.path.join(folder, "last.npz"), run["params"], **common, step=opt["step"],
-                best=run["best"], seconds=run["seconds"], history=run["history"], **moments)
-
-
-def read_run(path):
-    """What write_run wrote -> run, config, digest. Raises DataError."""
-    params, extra = load_model(path, ("step", "epoch", "best", "seconds", "history"),
-                               "the run cannot go on: start a new one with another --out")
-    asarray = lrurec.xp.asarray
-    opt = {"step": extra["step"],
-           **{kind: {name: asarray(extra[f"{kind}/{name}"]) for name in params} for kind in "mv"}}
-    run = {"params": params, "opt": opt,
-           **{name: extra[name] for name in ("epoch", "seconds", "best", "history")}}
-    return run, extra["config"], extra["digest"]
-
-
-def load_model(path, keys=("epoch", "item_ids", "titles"),
-               remedy="give a model.npz that `python train.py train` wrote"):
-    """lrurec.load for a file of this program -> params, extra. Raises DataError, one line."""
-    try:
-        params, extra = lrurec.load(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}: {remedy}") from None
-    except ValueError as error:
-        raise DataError(f"{error}: {remedy}") from None
-    missing = [key for key in ("config", "digest", *keys) if key not in extra]
-    missing += [name for name in ("item_embedding",) if name not in params]
-    try:
-        config = extra["config"] = {**OLDER_RUNS, **extra["config"]}
-        missing += [f"config {name}" for name in DEFAULTS if name not in (*NOT_SAVED, *config)]
-        n_items = len(params["item_embedding"]) - 1
-        none = lrurec.init_params(0, config["d_model"], n_blocks=config["n_blocks"])
-        shapes = {name: p.shape for name, p in none.items()}
-        for name in ("item_embedding", "output_bias"):            # one row for each item
-            shapes[name] = (n_items + 1, *shapes[name][1:])
-        missing += [f"{name} of shape {shape}" for name, shape in shapes.items()
-                    if name not in params or params[name].shape != shape]
-        missing += ["finite numbers"] * (not finite(params))
-        missing += [f"{n_items} {key}" for key in ("item_ids", "titles")
-                    if key in keys and len(extra[key]) != n_items + 1]
-    except (KeyError, TypeError, ValueError):      # KeyError: its cause is in missing already
-        missing += ["a sound configuration"]
-    if missing:
-        raise DataError(f"{path} lacks {missing[0]}: {remedy}")
-    return params, extra
-
-
 def progress(text):
     """Show text on the one line that updates; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
-        print(f"\r{text:<78}" + "\r" * (not text), end="", file=sys.stderr, flush=True)
+        print(f"\r{text:<78}\r{text}", end="", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# Commands
+# ---- A run's files
 
-def load_data(config):
-    columns = config["columns"] and config["columns"].split(",")
-    if columns and config["data"] in reader.NAMES:
-        raise DataError(f"--columns: {config['data']} is no file of yours: leave the flag out")
-    return reader.load_dataset(config["data"], config["min_count"], config["ties"],
-                               config["seed"], columns)
+def write_run(folder, run, data, validation):
+    """model.npz, if this epoch is the best, then last.npz. Raises OSError."""
+    common = {"config": run["config"], "digest": data.digest, "epoch": run["epoch"]}
+    if run["epoch"] == best_epoch(run):
+        lrurec.save(os.path.join(folder, "model.npz"), run["mean"], **common,
+                    validation=validation, item_ids=data.item_ids, titles=data.titles)
+    arrays, opt = dict(run["params"]), run["opt"]
+    for kind, values in (("mean", run["mean"]), ("m", opt["m"]), ("v", opt["v"])):
+        arrays.update({f"{kind}/{name}": value for name, value in values.items()})
+    lrurec.save(os.path.join(folder, "last.npz"), arrays, **common, step=opt["step"],
+                history=run["history"])
+
+
+@contextlib.contextmanager
+def reading(path, failure):
+    """Whatever a missing, damaged or harmful file raises becomes a DataError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds {failure} ({type(error).__name__}: {error})") from None
+
+
+def read_run(folder):
+    """What write_run wrote into last.npz -> run, digest of its data. Raises DataError."""
+    path = os.path.join(folder, "last.npz")
+    if not has_epoch(folder):
+        raise DataError(f"{folder} has no epoch saved yet, nothing to resume: if no run is going "
+                        "on there, delete the folder and start again without --resume")
+    with reading(path, "no run to resume: start a new one"):
+        arrays, extra = lrurec.load(path)
+        params = {name: p for name, p in arrays.items() if "/" not in name}
+        mean, m, v = ({name: arrays[f"{kind}/{name}"] for name in params}
+                      for kind in ("mean", "m", "v"))
+        run = {"config": full_config(extra["config"]), "params": params, "mean": mean,
+               "opt": {"step": int(extra["step"]), "m": m, "v": v}, "epoch": int(extra["epoch"]),
+               "history": list(extra["history"])}
+        if not run["config"]["average"]:
+            run["mean"] = params                   # the same arrays, as in fit
+        return run, extra["digest"]
+
+
+def read_model(path):
+    """A model.npz of write_run -> params, extra. Raises DataError."""
+    with reading(path, "no sound model: give a model.npz that `python train.py train` wrote"):
+        params, extra = lrurec.load(path)
+        names = "config", "digest", "epoch", "validation", "item_ids", "titles"
+        extra = {name: extra[name] for name in names}
+        config = extra["config"] = full_config(extra["config"])
+        for name in ("item_ids", "titles"):
+            extra[name] = [printable(str(text)) for text in extra[name]]
+        V, D, n_blocks = len(extra["item_ids"]) - 1, config["d_model"], config["n_blocks"]
+        shapes = [block["lru.B"].shape for block in lrurec.blocks(params)]
+        if (params["item_embedding"].shape != (V + 1, D) or shapes != n_blocks * [(D, 2 * D)]
+                or len(extra["titles"]) != V + 1):
+            raise ValueError(f"not of {V} items, {n_blocks} blocks and width {D}")
+        like = lrurec.init_params(V, D, n_blocks=n_blocks)        # no larger than the file
+        if not finite(params) or [(name, p.shape, p.dtype) for name, p in params.items()] != [
+                (name, p.shape, p.dtype) for name, p in like.items()]:
+            raise ValueError("not the names, shapes and types of a model, or not finite")
+    return params, extra
+
+
+def full_config(config, argv=()):
+    """DEFAULTS, over them config, over both the flags in argv. Raises DataError."""
+    words = []
+    for name, value in config.items():
+        if name not in DEFAULTS:
+            raise DataError(f"no setting {name!r}: choose from {', '.join(DEFAULTS)}")
+        if value is not None or name == "max_len":
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return parse_arguments(["train", *words, *argv]).config       # which checks all values
+
+
+# ---- train, evaluate, compare
+
+def load_data(config, titles=None):
+    columns = None
+    if config["columns"]:
+        columns = [column.strip() for column in config["columns"].split(",")]
+    return reader.load_dataset(config["data"], config["min_count"], config["ties"], config["seed"],
+                               columns, titles)
 
 
 def print_table(results):
     """results: name -> metrics or None."""
-    names = ["Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"]
     width = max(map(len, results))
-    print(" " * width + "".join(f"{name:>11}" for name in names))
+    print(" " * width + "".join(f"{metric:>11}" for metric in SHOWN))
     for name, table in results.items():
-        cells = "".join(f"{table[m]:11.4f}" for m in names) if table else "   no user to evaluate"
+        cells = "   no user to evaluate"
+        if table:
+            cells = "".join(f"{table[metric]:11.4f}" for metric in SHOWN)
         print(f"{name:<{width}}{cells}")
 
 
-def choose_folder(config):
-    """The run's folder, made here so that no two runs share one: --out, or the first of runs/NAME,
-    runs/NAME-2, ... that is not there yet; on --resume the last one that is."""
-    out, name = config["out"], os.path.basename(config["data"]).split(".")[0] or "data"
-    numbered = (os.path.join("runs", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
-    if config["resume"]:
-        folder = out or [os.path.join("runs", name),
-                         *itertools.takewhile(os.path.exists, numbered)][-1]
-        if not holds_run(folder):
-            raise DataError(f"{folder} holds no run to resume: give its folder with --out")
-        return folder
-    if out:
-        if holds_run(out):
-            raise DataError(f"{out} holds a run: go on with --resume, or choose another --out")
-        os.makedirs(out, exist_ok=True)
-        return out
-    for folder in numbered:
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(folder)
-            return folder
-
-
-def holds_run(folder):
-    return all(os.path.exists(os.path.join(folder, f)) for f in ("last.npz", "model.npz"))
-
-
-def train_command(given):
-    config = {**DEFAULTS, **given}
-    new = not os.path.isdir(config["out"] or "")
-    folder = choose_folder(config)
+def new_folder(args):
+    """Make a new run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ... An empty
+    last.npz claims it, so that two runs never share one. Raises DataError."""
+    name, n = os.path.basename(args.data).split(".")[0] or "data", 1
+    folder = args.out or os.path.join("runs", name)
+    while not args.out and os.path.exists(folder):
+        n += 1
+        folder = os.path.join("runs", f"{name}-{n}")
+    os.makedirs(folder, exist_ok=True)
     try:
-        return train_in(folder, config, given)
-    except KeyboardInterrupt:
+        if os.path.exists(os.path.join(folder, "model.npz")):
+            raise FileExistsError
+        open(os.path.join(folder, "last.npz"), "x").close()
+    except FileExistsError:
+        raise DataError(f"{folder} holds a run or a model: choose another --out, continue the run "
+                        "with --resume, or delete the folder") from None
+    return folder
+
+
+def has_epoch(folder):
+    path = os.path.join(folder, "last.npz")
+    return os.path.exists(path) and os.path.getsize(path) > 0
+
+
+def train_command(args):
+    if args.resume:
+        runs = [run for run in glob.glob(os.path.join("runs", "*", "last.npz"))
+                if os.path.getsize(run)]
+        if not args.out and not runs:
+            raise DataError("no run in runs/ to resume: give the folder of one with --out")
+        folder = args.out or os.path.dirname(max(runs, key=os.path.getmtime))
+    else:
+        folder = new_folder(args)
+    try:
+        if args.resume:
+            train_and_test(folder, *resumed(folder, args))
+        else:
+            train_and_test(folder, args.config, load_data(args.config, args.titles))
+    except (KeyboardInterrupt, BrokenPipeError) as error:
         progress("")
-        again = f"python train.py train --resume --out {shlex.quote(folder)}"
-        print("\ninterrupted; " + (f"every whole epoch is saved; go on with: {again}"
-                                   if holds_run(folder) else "nothing was saved yet"),
-              file=sys.stderr)
-        return 130
+        what = "\ninterrupted" if isinstance(error, KeyboardInterrupt) else "output pipe closed"
+        hint = "nothing was saved yet"
+        if has_epoch(folder):
+            hint = ("completed epochs are saved, continue with: python train.py train --resume "
+                    f"--out {shlex.quote(folder)}")
+        print(f"{what}; {printable(hint)}", file=sys.stderr)
+        raise
     finally:
-        if new and os.path.isdir(folder) and not os.listdir(folder):
-            os.rmdir(folder)                       # a run that did not begin leaves nothing
-            if not config["out"] and not os.listdir("runs"):
+        if not args.resume and not has_epoch(folder):             # it leaves nothing
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, "last.npz"))
+                os.rmdir(folder)
                 os.rmdir("runs")
 
 
-def train_in(folder, config, given):
-    run = None
-    if config["resume"]:
-        run, run_config, digest = read_run(os.path.join(folder, "last.npz"))
-        for name, value in given.items():
-            if name not in FREE and run_config[name] != value:
-                there = "none" if run_config[name] is None else run_config[name]
-                raise DataError(f"--{name.replace('_', '-')}: the run in {folder} has {there}: "
-                                "leave the flag out, or start a new run")
-        config = {**config, **run_config, **given}
-    data = load_data(config)
-    if run and digest != data.digest:
-        raise DataError(f"{folder} was trained on other data than {config['data']} now holds: "
-                        "start a new run with another --out")
+def resumed(folder, args):
+    """The run in folder -> config, data, run. Raises DataError."""
+    run, digest = read_run(folder)
+    like, _ = read_model(os.path.join(folder, "model.npz"))       # needed at the end, too
+    reals = {name: lrurec.real_view(p) for name, p in like.items()}
+    with reading(os.path.join(folder, "last.npz"), "no run to resume: start a new one"):
+        for arrays, expected in ((run["params"], like), (run["mean"], like),
+                                 (run["opt"]["m"], reals), (run["opt"]["v"], reals)):
+            if [(name, p.shape, p.dtype) for name, p in arrays.items()] != [
+                    (name, p.shape, p.dtype) for name, p in expected.items()]:
+                raise ValueError("not the names, shapes and types of its model.npz")
+        if min(run["epoch"], run["opt"]["step"], best_epoch(run)) < 0:    # which reads history
+            raise ValueError("a negative count")
+    config = full_config(run["config"], args.argv)
+    free = "epochs", "patience", "data", "titles", "threads", "device"
+    for name in config:
+        if name not in free and config[name] != run["config"][name]:
+            raise DataError(f"--{name.replace('_', '-')}: the run in {folder} has "
+                            f"{run['config'][name]}: leave the flag out, or start a new run")
+    data = load_data(config, config["titles"])
+    if digest != data.digest:
+        raise DataError(f"{folder} was trained on other data than {config['data']} now holds: give "
+                        "its data with --data, or start a new run with another --out")
+    return config, data, run
+
+
+def train_and_test(folder, config, data, run=None):
+    """Train, test beside the baselines, report."""
     numbers = {"name": data.name, "users": len(data.offsets) - 1, "items": len(data.item_ids) - 1,
                "events": len(data.items), "digest": data.digest}
-    print(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
-          f"{numbers['events']:,} events; {data.layout}ties by {config['ties']}; run in {folder}",
-          flush=True)
+    layout = f"{data.layout}; " if data.layout else ""
+    print(printable(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
+                    f"{numbers['events']:,} events; {layout}ties by {config['ties']}; run in "
+                    f"{folder}"), flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)           # fit reports what matters
         run = fit(data, config, folder, run)
-        params, extra = load_model(os.path.join(folder, "model.npz"))
-        if extra["epoch"] != run["best"]["epoch"]:                # killed between the two files
-            raise DataError(f"{folder}/model.npz is of epoch {extra['epoch']}, and last.npz ends "
-                            f"before it: resume with --epochs {extra['epoch']} or more")
-        test = evaluate(model_scorer(params), data, "test", config["max_len"], config["threads"])
-        baselines = {name: evaluate(scorer, data, "test", config["max_len"])
-                     for name, scorer in baseline_scorers(data).items()}
-    report = {"data": numbers, "config": {**config, "out": folder}, "epoch": run["best"]["epoch"],
-              "seconds": run["seconds"], "history": run["history"],
-              "validation": run["best"]["validation"], "test": test, "baselines": baselines}
-    reader.write_whole(os.path.join(folder, "metrics.json"),
-                       (json.dumps(report, indent=1) + "\n").encode())
-    print(f"\ntest, best epoch {run['best']['epoch']}, trained for {run['seconds']:.0f} s")
+    params, model = read_model(os.path.join(folder, "model.npz"))
+    config = run["config"]                         # with the batch size that fit has chosen
+    baselines = {name: evaluate(scorer, data, "test", config["max_len"])
+                 for name, scorer in baseline_scorers(data).items()}
+    test = evaluate(model_scorer(params), data, "test", config["max_len"], config["threads"])
+    seconds = sum(epoch["seconds"] for epoch in run["history"])
+    report = {"data": numbers, "config": {**config, "out": folder}, "epoch": model["epoch"],
+              "seconds": seconds, "history": run["history"], "validation": model["validation"],
+              "test": test, "baselines": baselines}
+    with lrurec.whole_file(os.path.join(folder, "metrics.json")) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    print(f"\ntest, best epoch {model['epoch']}, trained for {seconds:.0f} s")
     print_table({"popularity": baselines["popularity"], "Markov chain": baselines["markov"],
                  "LRURec": test})
-    return 0
 
 
-def evaluate_command(given):
-    params, extra = load_model(given["model"])
-    config = {**DEFAULTS, **extra["config"], **given}
-    data = load_data(config)
-    if data.digest != extra["digest"]:
-        raise DataError(f"{given['model']} was trained on other data than {config['data']}: "
-                        "name its data with --data")
+def evaluate_command(args):
+    params, model = read_model(args.model)
+    config = model["config"]
+    data = load_data({**config, "data": args.data or config["data"]})
+    if data.digest != model["digest"]:
+        raise DataError(f"{args.model} was trained on other data than {data.name}: use --data")
     print_table({split: evaluate(model_scorer(params), data, split, config["max_len"],
-                                 config["threads"]) for split in ("validation", "test")})
-    return 0
+                                 args.threads) for split in ("validation", "test")})
 
 
-# ---------------------------------------------------------------------------------------------
-# Recommending, one event at a time
+def compare_command(args):
+    """Validation and test metrics of finished runs, their mean and sample standard deviation."""
+    tables, digests = {"validation": {}, "test": {}}, {}
+    for run in args.runs:
+        path = os.path.join(run, "metrics.json")
+        with reading(path, "no metrics to compare: give the folder of a finished run"):
+            with open(path, encoding="utf-8") as file:
+                report = json.load(file)
+            for split, table in tables.items():
+                table[printable(run)] = {name: float(report[split][name]) for name in SHOWN}
+            digests[report["data"]["digest"]] = run
+    if len(digests) > 1:
+        raise DataError(f"{' and '.join(digests.values())} are runs of different data")
+    for split, table in tables.items():
+        values = [list(row.values()) for row in table.values()]
+        if len(values) > 1:
+            table["mean"] = dict(zip(SHOWN, np.mean(values, 0)))
+            table["± sample std"] = dict(zip(SHOWN, np.std(values, 0, ddof=1)))
+        print(split)
+        print_table(table)
 
-TOP = 10
+
+# ---- recommend: for a history, one event at a time, or for the users of a data set
+
 HELP = "type a title, a part of one, or an id; or: undo, reset, why, help, quit"
+
+
+def visit(params, history):
+    """A whole history by one scan -> history, state (K, 1, H) after it, hidden (D,)."""
+    items = np.array(history or [0])               # 0: nothing yet
+    hidden, state = lrurec.encode(params, items, np.arange(len(items)) == 0, return_state=True)
+    return history, state if history else lrurec.init_state(params), hidden[-1]
+
+
+def one_more(params, last, item):
+    """visit's result after one more event, by one step."""
+    history, state, _ = last
+    hidden, state = lrurec.step(params, state, np.array([item]))
+    return [*history, item], state, hidden[0]
+
+
+def top_items(scores, n):
+    """scores (users, V+1) -> each user's n best items, best first, and their scores (users, n)."""
+    n = min(n, scores.shape[1])
+    items = np.argpartition(-scores, n - 1, axis=1)[:, :n]        # the best n, in any order
+    order = np.argsort(-np.take_along_axis(scores, items, 1), axis=1)
+    items = np.take_along_axis(items, order, 1)
+    return items, np.take_along_axis(scores, items, 1)
+
+
+def best_items(params, last, n):
+    """-> items, scores, probabilities of the n best items that are not in the history."""
+    history, _, hidden = last
+    scores = lrurec.to_host(lrurec.score(params, hidden))[None]
+    leave_out(scores, [history or [0]])
+    exps = np.exp(scores[0] - scores[0, 1:].max(initial=-1e30))
+    (items,), (scores,) = top_items(scores, n)
+    left = np.isfinite(scores)
+    return items[left], scores[left], exps[items[left]] / exps.sum()
+
+
+def folded(title):
+    """A title as it is searched: "Lion King, The (1994)" is "the lion king (1994)"."""
+    return re.sub(r"^(.*), (the|an?|l[ae]s?|der|die|das|il|el)(?= \(|$)", r"\2 \1", title.lower())
 
 
 def find_item(text, item_ids, titles):
     """The item that text names: its raw id, else its title, else the one title it is a part of.
-
-    Letter case does not matter in titles. Raises DataError with the candidates.
-    """
+    Letter case and the place of an article do not matter. Raises DataError with candidates."""
     text = text.strip()
     if text and text in item_ids:
         return item_ids.index(text)
-    lower = [title.lower() for title in titles]
-    exact = [v for v, title in enumerate(lower) if v and title == text.lower()]
-    found = exact or [v for v, title in enumerate(lower) if v and text.lower() in title]
-    if text and len(found) == 1:
+    wanted, names = folded(text), [folded(title) for title in titles]
+    found = [v for v, name in enumerate(names) if v and name == wanted]
+    if not found and text:
+        found = [v for v, name in enumerate(names) if v and wanted in name]
+    if len(found) == 1:
         return found[0]
-    if text and found:
-        listed = "; ".join(f"{titles[v]} [{item_ids[v]}]" for v in found[:8])
-        raise DataError(f"{text!r} could be {len(found)} items, give more of it or the id: "
-                        + listed + ("; ..." if len(found) > 8 else ""))
-    close = difflib.get_close_matches(text.lower(), lower[1:], 5, 0.5)
-    near = "; ".join(titles[lower.index(title, 1)] for title in close) or "nothing"
-    raise DataError(f"no item {text!r}; the nearest: {near}; give one of the model's titles or ids")
+    problem = f"{text!r} matches {len(found)} items, give more of the title, or the id"
+    if not found:
+        near = difflib.get_close_matches(wanted, names[1:], 5, 0.5)
+        found = [names.index(name, 1) for name in near]
+        problem = f"no item {text!r}: give a title or id of the model; nearest"
+    listed = "; ".join(f"{titles[v]} [{item_ids[v]}]" for v in found[:8])
+    raise DataError(f"{problem}: {listed}")
 
 
-def top_items(scores, n=TOP):
-    """scores (users, V+1), used up -> the n best items of each user, best first: (users, n)
-
-    n times argmax, which takes a tenth of the time of a partial sort where n is small.
-    """
-    best = np.empty((len(scores), n), int)
-    for k in range(n):
-        best[:, k] = scores.argmax(1)
-        scores[np.arange(len(scores)), best[:, k]] = -np.inf
-    return best
-
-
-class Visitor:
-    """One user's history and state, event by event; undo goes back to the state before."""
-
-    def __init__(self, params):
-        self.params, self.history = params, []
-        self.states = [lrurec.init_state(params)]
-        self.hidden = [lrurec.encode(params, np.array([0]), np.array([True]))[0]]
-
-    def take(self, items):
-        """A whole history at once, by one scan."""
-        starts = np.arange(len(items)) == 0
-        hidden, state = lrurec.encode(self.params, np.array(items), starts, return_state=True)
-        self.history += items
-        self.states += [None] * (len(items) - 1) + [state]
-        self.hidden += list(hidden)
-
-    def add(self, item):
-        """One more event, by one step."""
-        hidden, state = lrurec.step(self.params, self.states[-1], np.array([item]))
-        self.history.append(item)
-        self.states.append(state)
-        self.hidden.append(hidden[0])
-
-    def top(self):
-        """-> items, scores, probabilities of the best TOP items that are not in the history."""
-        scores = lrurec.to_host(lrurec.score(self.params, self.hidden[-1]))
-        scores[self.history] = -np.inf
-        n = min(TOP, len(scores) - 1 - len(set(self.history)))
-        exps = np.exp(scores - scores.max()) if n else scores
-        best = top_items(scores[None].copy(), n)[0]
-        return best, scores[best], exps[best] / exps.sum()
-
-    def why(self):
-        """-> the top item, and for each past event the change of its score without that event."""
-        best = self.top()[0][0]
-        left_out = [self.history[:n] + self.history[n + 1:] or [0]
-                    for n in range(len(self.history))]
-        scores = model_scorer(self.params)([self.history, *left_out])[:, best]
-        return best, scores[1:] - scores[0]
-
-
-def recommend_command(given):
-    params, extra = load_model(given["model"])
-    item_ids, titles = extra["item_ids"], extra["titles"]
-    visitor = Visitor(params)
-    if given.get("items") and given.get("new_user"):
-        raise DataError("--new-user takes no history: give it, or items, not both")
-    if given.get("items") or given.get("new_user"):
-        if given.get("items"):
-            visitor.take([find_item(text, item_ids, titles) for text in given["items"]])
-        print_top(visitor, titles)
-    elif sys.stdin and sys.stdin.isatty():
-        session(visitor, item_ids, titles)
+def recommend_command(args):
+    params, model = read_model(args.model)
+    item_ids, titles = model["item_ids"], model["titles"]
+    if args.user is not None or args.all_users:
+        recommend_for_users(params, model, args)
+    elif args.items or args.new_user:
+        history = [find_item(text, item_ids, titles) for text in args.items]
+        print_best(params, visit(params, history), titles, args.top)
+    elif sys.stdin.isatty():
+        session(params, item_ids, titles, args.top)
     else:
-        for n, line in enumerate(sys.stdin or (), 1):
-            if line.strip():
-                try:
-                    visitor.add(find_item(line, item_ids, titles))
-                except DataError as error:
-                    raise DataError(f"standard input, line {n}: {error}") from None
-                print("\t".join(titles[v] for v in visitor.top()[0]), flush=True)
-    return 0
+        answer_lines(params, item_ids, titles, args.top)
 
 
-def print_top(visitor, titles):
-    items, scores, probabilities = visitor.top()
+def print_best(params, last, titles, top):
+    items, scores, probabilities = best_items(params, last, top)
     width = max([len(titles[v]) for v in items], default=0)
-    print(f"    {f'after {len(visitor.history)} event(s)':<{width}}    score  probability")
+    print(f"    {f'after {len(last[0])} event(s)':<{width}}    score  probability")
     for place, (v, s, p) in enumerate(zip(items, scores, probabilities), 1):
         print(f"{place:2}  {titles[v]:<{width}} {s:8.3f}     {p:8.4f}")
 
 
-def session(visitor, item_ids, titles):
+def print_why(params, last, titles):
+    """How the best item's score changes without each of the past events."""
+    history, (best, _, _) = last[0], best_items(params, last, 1)
+    if not history or not len(best):
+        print("nothing to explain: no events yet, or no item left")
+        return
+    left_out = [history[:n] + history[n + 1:] or [0] for n in range(len(history))]
+    scores = model_scorer(params)([history, *left_out])[:, best[0]]
+    print(f"{titles[best[0]]}: without one of the events its score changes by")
+    for item, score in zip(history, scores[1:]):
+        print(f"  {score - scores[0]:+8.3f}  {titles[item]}")
+
+
+def answer_lines(params, item_ids, titles, top):
+    """From a pipe: an item a line, answered by a line; an empty one begins a new history."""
+    last = visit(params, [])
+    for n, line in enumerate(sys.stdin, 1):
+        if line.isspace():
+            last = visit(params, [])
+            continue
+        try:
+            last = one_more(params, last, find_item(line, item_ids, titles))
+        except DataError as error:
+            raise DataError(f"standard input, line {n}: {error}") from None
+        print("\t".join(titles[v] for v in best_items(params, last, top)[0]), flush=True)
+
+
+def session(params, item_ids, titles, top):
     """Read titles and commands from the terminal until quit, end of input or Ctrl-C."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401: input() then edits lines and remembers them
+    visits = [visit(params, [])]
     print(HELP)
     while True:
         try:
@@ -659,40 +643,64 @@ def session(visitor, item_ids, titles):
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if text == "quit":
+        command = text.lower()
+        if command in ("undo", "reset", "why", "help", "quit", "exit"):
+            for v in [v for v, title in enumerate(titles) if title.lower() == command]:
+                print(f"{text} is taken as the command; for the item type its id, {item_ids[v]}")
+        if command in ("quit", "exit"):
             return
-        if text == "help" or not text:
+        if command in ("help", ""):
             print(HELP)
-        elif text == "why":
-            if visitor.history and len(visitor.top()[0]):
-                best, changes = visitor.why()
-                print(f"{titles[best]}: its score without one of the events changes by")
-                for item, change in zip(visitor.history, changes):
-                    print(f"  {change:+8.3f}  {titles[item]}")
-            else:
-                print("nothing to explain: no events yet, or no item left")
-        elif text == "undo" and not visitor.history:
+        elif command == "why":
+            print_why(params, visits[-1], titles)
+        elif command == "undo" and len(visits) == 1:
             print("nothing to undo")
-        elif text in ("undo", "reset"):
-            n = len(visitor.history) - 1 if text == "undo" else 0     # events that stay
-            del visitor.history[n:], visitor.states[n + 1:], visitor.hidden[n + 1:]
-            print_top(visitor, titles)
+        elif command in ("undo", "reset"):
+            visits = visits[:-1] if command == "undo" else visits[:1]
+            print_best(params, visits[-1], titles, top)
         else:
             try:
                 item = find_item(text, item_ids, titles)
+                begin = time.perf_counter()
+                visits.append(one_more(params, visits[-1], item))
+                best_items(params, visits[-1], top)
+                spent = time.perf_counter() - begin
+                print_best(params, visits[-1], titles, top)
+                print(f"added {titles[item]}; top {top} updated in {spent * 1e6:.0f} µs")
             except DataError as error:
                 print(error)
-                continue
-            begin = time.perf_counter()
-            visitor.add(item)
-            visitor.top()
-            spent = time.perf_counter() - begin
-            print_top(visitor, titles)
-            print(f"{titles[item]} taken in, and the ten best found, in {spent * 1e6:.0f} us")
 
 
-# ---------------------------------------------------------------------------------------------
-# Looking inside
+def recommend_for_users(params, model, args):
+    """Print a CSV of users' best items: user,rank,item,title,score."""
+    config = model["config"]
+    data = load_data({**config, "data": args.data or config["data"]})
+    known_item = {raw: v for v, raw in enumerate(model["item_ids"])}
+    items = np.array([known_item.get(printable(raw), 0) for raw in data.item_ids])
+    users, histories = data.user_ids, []
+    for events in reader.full_histories(data, config["max_len"]):
+        known = items[events][items[events] > 0]   # what other data hold besides is left out
+        histories.append(known if len(known) else np.array([0]))
+    if args.user is not None:
+        if args.user not in users:
+            raise DataError(f"no user {args.user!r} in {data.name} (users with fewer than "
+                            f"{config['min_count']} events are left out): give an id of the data")
+        histories, users = [histories[users.index(args.user)]], [args.user]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["user", "rank", "item", "title", "score"])
+    for group in groups(histories, len(model["item_ids"]) - 1):
+        scores = model_scorer(params)(histories[group])
+        leave_out(scores, histories[group])
+        for user, best, values in zip(users[group], *top_items(scores, args.top)):
+            for rank, (v, value) in enumerate(zip(best, values), 1):
+                if np.isfinite(value):             # else no item was left
+                    writer.writerow([printable(user), rank, model["item_ids"][v],
+                                     model["titles"][v], f"{value:.4f}"])
+        progress(f"user {group.stop:,} of {len(users):,}")
+    progress("")
+
+
+# ---- inspect
 
 def disk(lam, radius=10):
     """The eigenvalues on the unit disk, as lines of text: '.' the circle, a digit how many."""
@@ -707,397 +715,274 @@ def disk(lam, radius=10):
     return ["".join(row).rstrip() for row in grid]
 
 
-def inspect_command(given):
-    params, extra = load_model(given["model"])
+def inspect_command(args):
+    params, _ = read_model(args.model)
     for k, p in enumerate(lrurec.blocks(params)):
         lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
         size = abs(lam.astype(complex))
         half_life = np.log(0.5) / np.log(np.clip(size, 1e-300, 1 - 1e-16))
         low, middle, high = np.quantile(half_life, [0.1, 0.5, 0.9])
-        print(f"block {k}: mean |lam| {size.mean():.2f} (from {size.min():.2f} to "
+        print(f"block {k}: mean |lam| {size.mean():.4f} (from {size.min():.2f} to "
               f"{size.max():.2f}); half-life in events: median {middle:.2f}, 10 % below {low:.2f}, "
               f"10 % above {high:.2f}, longest {half_life.max():.1f}")
         print("\n".join(disk(lam)))
-    groups = collections.Counter()
-    for name, p in params.items():
-        part = name.split(".")[2] if name.startswith("blocks.") else name.split(".")[0]
-        groups[part] += lrurec.real_view(p).size
-    print("parameters (a complex one counts twice): "
-          + ", ".join(f"{part} {n:,}" for part, n in groups.items())
-          + f"; in all {sum(groups.values()):,}")
-    return 0
+    total = sum(lrurec.real_view(p).size for p in params.values())
+    print(f"{total:,} parameters (a complex one counts as two)")
 
 
-# ---------------------------------------------------------------------------------------------
-# Speed
+# ---- bench
 
-PARTS = {"cross-entropy": ["output_loss"],
-         "recurrence": ["scan", "scan_backward"],
-         "projections": ["complex_in_forward", "complex_in_backward", "complex_out_forward",
-                         "complex_out_backward"],
-         "feed-forward": ["linear_forward", "linear_backward", "gelu_forward", "gelu_backward"],
-         "layer norm": ["layer_norm_forward", "layer_norm_backward"],
-         "dropout": ["dropout_forward", "dropout_backward"],
-         "embedding": ["embedding_forward", "embedding_backward"],
-         "optimizer": ["clip_gradients", "adamw_update"]}
-
-
-def seconds_of(work):
-    begin = time.perf_counter()
-    work()
-    wait_for_device()
-    return time.perf_counter() - begin
+def timed(work, repeat=5):
+    """Median seconds of work(), a GPU's included, after one call to warm up."""
+    seconds = []
+    for _ in range(repeat + 1):
+        begin = time.perf_counter()
+        work()
+        if lrurec.xp is not np:
+            lrurec.xp.cuda.get_current_stream().synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return np.median(seconds[1:])
 
 
-def timed(work, at_least=3):
-    """Median seconds of work() in 0.3 s or more, after one call to warm up."""
-    work()
-    times, end = [], time.perf_counter() + 0.3
-    while len(times) < at_least or time.perf_counter() < end:
-        times.append(seconds_of(work))
-    return float(np.median(times))
+def products(params, n):
+    """The matrix products that training on n rows cannot avoid: one forward, two backward each."""
+    for W in [lrurec.real_view(p) for p in params.values() if p.ndim == 2]:
+        x = lrurec.xp.ones((n, W.shape[1]), W.dtype)
+        for k in range(0, n, lrurec.ROWS_PER_CHUNK):
+            rows = x[k:k + lrurec.ROWS_PER_CHUNK]
+            y = rows @ W.T
+            y @ W, y.T @ rows
 
 
-def wait_for_device():
-    if lrurec.xp is not np:
-        lrurec.xp.cuda.get_current_stream().synchronize()
+def bench_training(config, rng):
+    """A training step beside its matrix products; events a second for more and more items."""
+    def seconds(repeat):
+        return timed(lambda: train_step(pool, params, opt, batch, config, config["lr"]), repeat)
 
-
-def floor(params):
-    """-> products(shard): the matrix products that nobody can avoid in training on a shard."""
-    E, p = params["item_embedding"], lrurec.blocks(params)[0]
-    W, B = p["ffn.W1"], lrurec.real_view(p["lru.B"])
-
-    def products(shard):
-        n = len(shard[0])
-        x, h, f = (lrurec.xp.ones((n, width), E.dtype) for width in
-                   (E.shape[1], B.shape[1], W.shape[1]))
-        for _ in lrurec.blocks(params):
-            for wide, M in ((h, B), (f, W)):       # there and back: (N, D) -> (N, wide) -> (N, D)
-                for _ in range(2):
-                    x @ M, wide @ M.T, x.T @ wide
-        n_rows = lrurec.rows_per_chunk(E)
-        for k in range(0, n, n_rows):
-            logits = x[k:k + n_rows] @ E.T
-            logits @ E, x[k:k + n_rows].T @ logits
-    return products
-
-
-def time_per_part(params, opt, batches, config):
-    """Seconds spent in each of PARTS; what a part calls counts as its own. In this process."""
-    rest = "the rest"
-    spent, current = dict.fromkeys([*PARTS, rest], 0.0), [rest, time.perf_counter()]
-
-    def switch(part):
-        wait_for_device()
-        now = time.perf_counter()
-        spent[current[0]] += now - current[1]
-        current[:] = part, now
-
-    def watched(part, function):
-        def call(*args, **options):
-            if current[0] != rest:
-                return function(*args, **options)
-            switch(part)
-            result = function(*args, **options)
-            switch(rest)
-            return result
-        return call
-
-    with contextlib.ExitStack() as undo:
-        for part, names in PARTS.items():
-            for name in names:
-                original = getattr(lrurec, name)
-                undo.callback(setattr, lrurec, name, original)
-                setattr(lrurec, name, watched(part, original))
-        with gradient_workers(params, {**config, "threads": 1}, 1) as (params, gradients):
-            for batch in batches:
-                train_step(params, opt, batch, config, gradients)
-        switch(rest)
-    return spent
-
-
-def peak_memory(n):
-    """Peak resident memory of this process and n workers in MB, what they have in common counted
-    for each; None where the system does not tell."""
-    try:
-        from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-    except ImportError:
-        return None
-    peak = getrusage(RUSAGE_SELF).ru_maxrss + n * getrusage(RUSAGE_CHILDREN).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-def bench_command(given):
-    config = {**DEFAULTS, **PUBLISHED, **given}
-    data, rng = load_data(config), np.random.default_rng(0)
+    data = load_data(config)
     params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
-    rows = reader.training_rows(data, config["max_len"])
-    batches = list(itertools.islice(reader.batches(rows, config["batch_size"], rng), 12))
-    n = config["threads"] if config["device"] == "cpu" else 1
-    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {n} workers, "
-          f"{config['device']}; {data.name}, batches of {config['batch_size']} windows of "
-          f"{config['max_len']}, dropout {config['dropout']}\n")
-    bench_step(params, batches, config)
-    bench_scans(rng)
-    bench_events(params, rng)
-    return 0
+    opt, times = lrurec.adamw_init(params), []
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        for batch in reader.batches(reader.training_rows(data, 200), 128, rng):
+            sizes = [len(items) for items, _, _ in shards(*batch)]
+            floor = timed(lambda: list(pool.map(lambda n: products(params, n), sizes)))
+            times.append((seconds(5), floor))
+        ms, floor_ms = np.median(times, 0) * 1e3
+        print(f"training step, {data.name}, batches of 128 windows of 200, dropout 0.2: {ms:.1f} "
+              f"ms; its matrix products alone {floor_ms:.1f} ms; ratio {ms / floor_ms:.2f}\n\n"
+              "events a second in training, histories of 20, 200 and 2,000 events")
+        for n_items in (1349, 10000, 100000):
+            params, speeds = lrurec.init_params(n_items, rng=rng), []
+            opt, items = lrurec.adamw_init(params), rng.integers(1, n_items + 1, 8000)
+            for length in (20, 200, 2000):
+                batch = items, np.roll(items, -1), np.arange(8000) % length == 0
+                speeds.append(8000 / seconds(3))
+            print(f"  {n_items:7,} items" + "".join(f"{speed:10,.0f}" for speed in speeds))
 
 
-def bench_step(params, batches, config):
-    opt, n_rows = lrurec.adamw_init(params), np.mean([len(items) for items, _, _ in batches])
-    n = min(config["threads"], n_shards(n_rows))
-    with (gradient_workers(params, config, n_rows) as (params, gradients),
-          workers(floor(params), n) as products):
-        pairs = [[(seconds_of(lambda: train_step(params, opt, batch, config, gradients)),
-                   seconds_of(lambda: list(products(shards(*batch))))) for batch in batches]
-                 for _ in range(6)]
-    steps, floors = np.array(pairs[1:]).sum(1).T                  # the first round warms up
-    events = sum(len(items) for items, _, _ in batches)
-    print(f"training step    {np.median(steps) / len(batches) * 1e3:8.1f} ms   its matrix products "
-          f"alone {np.median(floors) / len(batches) * 1e3:.1f} ms   ratio "
-          f"{np.median(steps / floors):.2f} (pairs "
-          f"{', '.join(f'{r:.2f}' for r in steps / floors)})")
-    print(f"                 {events / np.median(steps):8,.0f} events a second")
-    spent = time_per_part(params, opt, batches[:4], config)
-    print("in one worker    " + ", ".join(f"{part} {s / sum(spent.values()):.0%}" for part, s in
-                                          sorted(spent.items(), key=lambda x: -x[1])))
-    peak = peak_memory(n if CAN_FORK and n > 1 else 0)
-    if peak:
-        print(f"peak memory      {peak:8.0f} MB, the workers' included")
+def bench_inference(rng):
+    def top(hidden):
+        return top_items(lrurec.to_host(lrurec.score(params, hidden)), 10)
 
-
-def bench_scans(rng):
-    print("\nthe three scans, ms        loop  recursive      scan")
+    print("\nms for a scan     loop  recursive      scan")
     lam = (0.9 * np.exp(1j * np.linspace(0.3, 6, 128))).astype(np.complex64)
     for users, length in ((1, 100), (1, 1000), (1, 10000), (128, 100)):
         u = rng.normal(size=(users * length, 256)).astype(np.float32).view(lam.dtype)
-        starts = np.arange(len(u)) % length == 0
-        inputs = [lrurec.xp.asarray(array) for array in (lam, u, starts)]
-        times = [timed(lambda: scan(*inputs), 1) * 1e3 for scan in
-                 (lrurec.scan_loop, lrurec.scan_recursive, lrurec.scan)]
-        print(f"  {users:3} x {length:6} events" + "".join(f"{ms:11.3f}" for ms in times))
-
-
-def bench_events(params, rng):
-    def top(hidden):
-        return top_items(lrurec.to_host(lrurec.score(params, hidden)))
-
-    n_items = len(params["item_embedding"]) - 1
-    print("\none more event of one user, us     step, score, top 10    encode, score, top 10")
+        inputs = [lrurec.xp.asarray(a) for a in (lam, u, np.arange(len(u)) % length == 0)]
+        scans = lrurec.scan_loop, lrurec.scan_recursive, lrurec.scan
+        ms = [timed(lambda: scan(*inputs)) * 1e3 for scan in scans]
+        print(f"  {users:3} x {length:6} {ms[0]:9.3f}{ms[1]:11.3f}{ms[2]:10.3f}")
+    params = lrurec.init_params(1349, rng=rng)
+    print("\nµs for an event and the new top 10     by step  by encoding anew")
     for length in (10, 100, 1000, 10000):
-        history = rng.integers(1, n_items + 1, length)
-        starts = np.arange(length) == 0
+        history, starts = rng.integers(1, 1350, length), np.arange(length) == 0
         _, state = lrurec.encode(params, history, starts, return_state=True)
-        by_step = timed(lambda: top(lrurec.step(params, state, history[:1])[0]))
-        by_encode = timed(lambda: top(lrurec.encode(params, history, starts)[-1:]))
-        print(f"  after {length:6} events  {by_step * 1e6:20.0f} {by_encode * 1e6:24.0f}")
-    users, state = rng.integers(1, n_items + 1, 1000), lrurec.init_state(params, 1000)
-    print(f"  1,000 users at once "
-          f"{timed(lambda: top(lrurec.step(params, state, users)[0])) * 1e3:18.1f} us a user")
+        by_step = timed(lambda: top(lrurec.step(params, state, history[:1])[0]), 100) * 1e6
+        by_encode = timed(lambda: top(lrurec.encode(params, history, starts)[-1:]), 20) * 1e6
+        print(f"  after {length:6} events {by_step:21.0f} {by_encode:17.0f}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+def bench_command(args):
+    config = {**DEFAULTS, "data": args.data, "threads": args.threads, "dropout": 0.2, "lr": 1e-3}
+    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {args.threads} threads, {args.device}")
+    bench_training(config, np.random.default_rng(0))
+    bench_inference(np.random.default_rng(0))
+    with contextlib.suppress(ImportError):         # not on Windows
+        from resource import RUSAGE_SELF, getrusage
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+        print(f"\npeak memory {getrusage(RUSAGE_SELF).ru_maxrss / unit:.0f} MB")
+
+
+# ---- The command line
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+    def error(self, message):                      # one line, without the usage
+        raise DataError(f"{message} (see {self.prog} --help)")
 
 
-def number(kind, low, below=float("inf")):
-    """A type for argparse: text -> a number from low on and below `below`."""
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):            # without "(default: None)"
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
+def number(kind, low, high=2 ** 31 - 1):
+    """A type for argparse: text -> an int or a float from low to high."""
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no {'whole ' * (kind is int)}number from {low} on"
-                + f" and below {below:g}" * (below < float("inf")))
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        name = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {name} from {low} to {high} (got {text!r})")
     return convert
 
 
-def part_of_circle(text):
-    value = number(float, 0)(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return value
-
-
-def one_of(*choices):
-    def convert(text):
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
-        return text
-    return convert
-
-
-def max_len(text):
-    try:
-        return None if text == "none" else number(int, 1)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor none") from None
+def length_or_none(text):
+    return None if text.lower() == "none" else number(int, 1)(text)
 
 
 def source(text):
-    """A file's path is kept whole: a run may be resumed from another folder."""
-    if not text:
-        raise argparse.ArgumentTypeError(f"give {', '.join(reader.NAMES)} or the path of a file")
+    """A file's path is made absolute: a run may be resumed from another folder."""
     return text if text in reader.NAMES else os.path.abspath(text)
 
 
-def path(text):
-    if not text:
-        raise argparse.ArgumentTypeError("give the path of a folder")
-    return text
-
-
-def columns(text):
-    parts = [part.strip() for part in text.split(",")]
-    parts = [str(int(part)) if part.isdecimal() else part for part in parts]
-    mixed = len({part.isdecimal() for part in parts}) > 1
-    if (len(parts) not in (2, 3) or not all(parts) or len(set(parts)) < len(parts)
-            or mixed or "0" in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give USER,ITEM or USER,ITEM,TIME, all names "
-                                         "or all numbers from 1")
-    return ",".join(parts)
-
-
-FLAGS = {  # name: default, the commands that take it, help, how it is read, its letter
-    "data": ("ml-100k", "train evaluate bench", "ml-100k, ml-1m or the path of a file of "
-             "interactions", source, "DATA"),
-    "out": (None, "train", "folder of the run (default runs/NAME, runs/NAME-2, ...)", path, "DIR"),
-    "resume": (False, "train", "go on with the run in --out, or with the last one", None, None),
-    "epochs": (50, "train", "at most so many", number(int, 1), "N"),
-    "patience": (15, "train", f"stop after so many epochs without a better validation {BEST}",
-                 number(int, 1), "N"),
-    "seed": (42, "train", "of initial values, order, dropout and random ties", number(int, 0), "N"),
-    "threads": (os.cpu_count() or 1, "train evaluate bench", "worker processes that share out "
-                "a batch; the result is the same", number(int, 1), "N"),
-    "device": ("cpu", "train evaluate recommend bench", "cpu, or gpu through CuPy",
-               one_of("cpu", "gpu"), "cpu|gpu"),
-    "batch_size": (16, "train", "windows in a batch", number(int, 1), "N"),
-    "max_len": (200, "train", "events in a window and in an evaluated history, or none", max_len,
-                "N"),
-    "dropout": (0.5, "train", "probability", number(float, 0, 1), "P"),
-    "lr": (2e-3, "train", "AdamW's step size", number(float, 0, 1e3), "X"),
-    "schedule": ("constant", "train", "of the step size over --epochs: constant, or half a cosine "
-                 "to 0", one_of("constant", "cosine"), "constant|cosine"),
-    "weight_decay": (0.01, "train", "AdamW's, times lr a step", number(float, 0, 1e3), "X"),
-    "d_model": (64, "train", "width D; the state has 2 D, the feed-forward 4 D", number(int, 1),
-                "D"),
-    "n_blocks": (2, "train", "blocks K", number(int, 1), "K"),
-    "max_phase": (0.01, "train", "part of the circle for the first eigenvalues, 1: all of it",
-                  part_of_circle, "X"),
-    "min_count": (5, "train", "drop items, then users, with fewer events; 0 keeps all",
-                  number(int, 0), "N"),
-    "ties": ("item", "train", "order of a user's events of equal time: by item id, as in the file, "
-             "or random", one_of("item", "file", "random"), "item|file|random"),
-    "columns": (None, "train", "USER,ITEM or USER,ITEM,TIME: names in the header, or numbers from "
-                "1", columns, "COLS"),
-}
-DEFAULTS = {name: default for name, (default, *_) in FLAGS.items()}
-COMMANDS = {  # name: what runs it, help, examples
-    "train": (train_command, "train a model (the default command)", [
-        "train --seed 1 --out runs/one", "train --resume --out runs/one --epochs 80",
-        "train --data ratings.csv --columns user,movie,when --max-len none"]),
-    "evaluate": (evaluate_command, "the metric table of a saved model", [
-        "evaluate runs/one/model.npz", "evaluate runs/one/model.npz --data moved.csv"]),
-    "recommend": (recommend_command, "the top 10 for a history, or a session", [
-        'recommend runs/one/model.npz "Star Wars" "Fargo"',
-        "recommend runs/one/model.npz --new-user", "recommend runs/one/model.npz"]),
-    "inspect": (inspect_command, "eigenvalues, half-lives and parameter counts of a saved model", [
-        "inspect runs/one/model.npz"]),
-    "bench": (bench_command, "the speed of all of it, next to its floor, in under two minutes", [
-        "bench", "bench --threads 1", "bench --device gpu --data ml-1m"]),
-}
-
-
-def parse_arguments(argv):
-    """argv -> command, given: only the flags that were given."""
+@functools.cache                   # building it takes milliseconds
+def make_parser():
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text, examples) in COMMANDS.items():
-        p = commands.add_parser(
-            name, help=text, description=text, argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="\n  ".join(["for example:", *(f"python train.py {e}" for e in examples)]))
-        if name in ("evaluate", "recommend", "inspect"):
-            p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
-        if name == "recommend":
-            p.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest "
-                           "first; none: a session on a terminal, one item a line from a pipe")
-            p.add_argument("--new-user", action="store_true", help="what to show without a history")
-        for flag, (default, takers, text, kind, letter) in FLAGS.items():
-            if name in takers.split():
-                text += "" if default in (None, False) else f" (default {default})"
-                how = {"type": kind, "metavar": letter} if kind else {"action": "store_true"}
-                p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
+
+    def command(name, run, text):
+        p = commands.add_parser(name, help=text, description=text, formatter_class=Help)
+        p.set_defaults(run=run)
+        return p
+
+    training = command("train", train_command, "train a model (the default command)")
+    evaluation = command("evaluate", evaluate_command, "print the metrics of a saved model")
+    comparison = command("compare", compare_command, "print the metrics of runs, and their mean")
+    recommending = command("recommend", recommend_command, "recommend for a history or for users")
+    inspection = command("inspect", inspect_command, "print eigenvalues, half-lives and sizes")
+    benchmark = command("bench", bench_command, "time training, the scans and single events")
+    benchmark.epilog = ("To profile training: "
+                        "python -m cProfile -s tottime train.py --threads 1 --epochs 1")
+    add_training_flags(training)
+    comparison.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    for p in (evaluation, recommending, inspection):
+        p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
+    recommending.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest "
+                              "first; without one a session, or lines from a pipe")
+    recommending.add_argument("--top", type=number(int, 1), default=10, metavar="N",
+                              help="number of recommendations")
+    whom = recommending.add_mutually_exclusive_group()
+    whom.add_argument("--new-user", action="store_true", help="for a user without a history")
+    whom.add_argument("--user", metavar="ID", help="for this user of the data, as CSV")
+    whom.add_argument("--all-users", action="store_true", help="for all users of the data, as CSV")
+    for p in (evaluation, recommending):
+        p.add_argument("--data", type=source, metavar="FILE", help="as in train (default: the data "
+                       "that the model was trained on)")
+    benchmark.add_argument("--data", type=source, default="ml-100k", metavar="FILE",
+                           help="as in train")
+    for p in (training, evaluation, recommending, benchmark):
+        p.add_argument("--threads", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+                       metavar="N", help="any number gives the same results")
+        p.add_argument("--device", choices=("cpu", "gpu"), default="cpu",
+                       help="gpu: an NVIDIA GPU through CuPy")
+    return parser
+
+
+def add_training_flags(p):
+    add, count, rate = p.add_argument, number(int, 1), number(float, 0, 1000)
+    add("--data", type=source, default="ml-100k", metavar="FILE",
+        help="a file of interactions, or ml-100k, or ml-1m")
+    add("--out", metavar="DIR", help="new folder of the run (default: runs/NAME, runs/NAME-2, ...)")
+    add("--resume", action="store_true", help="continue the run in --out, or the last in runs/")
+    add("--epochs", type=count, default=50, metavar="N", help="maximum number of epochs")
+    add("--patience", type=count, default=15, metavar="N",
+        help="stop after N epochs without a better validation Recall@10")
+    add("--seed", type=number(int, 0), default=42, metavar="N", help="random seed")
+    add("--batch-size", type=count, metavar="N",
+        help=f"windows in a batch (default: as many as hold {BATCH_EVENTS:,} events)")
+    add("--max-len", type=length_or_none, default=200, metavar="N",
+        help="events in a window and in an evaluated history, or none for all")
+    add("--dropout", type=number(float, 0, 0.99), default=0.5, metavar="X", help="dropout rate")
+    add("--lr", type=rate, default=2e-3, metavar="X", help="learning rate of AdamW")
+    add("--schedule", choices=("constant", "cosine"), default="constant",
+        help="of the learning rate; cosine falls to 0 over --epochs")
+    add("--weight-decay", type=rate, default=0.01, metavar="X", help="weight decay of AdamW")
+    add("--average", type=number(float, 0, 0.999999), default=0.0, metavar="X",
+        help="decay of the running mean of the weights, which is the model; 0: no mean")
+    add("--d-model", type=number(int, 1, 2 ** 16), default=64, metavar="N", help="model width")
+    add("--n-blocks", type=number(int, 1, 1000), default=2, metavar="N", help="number of blocks")
+    add("--max-phase", type=number(float, 1e-9, 1), default=0.01, metavar="X",
+        help="part of the circle where the eigenvalues start; 1: all of it")
+    add("--min-count", type=number(int, 0), default=5, metavar="N",
+        help="drop items, then users, with fewer events; 0 keeps all")
+    add("--ties", choices=("item", "file", "random"), default="item",
+        help="order of events of equal time: by item id, as in the file, or random")
+    add("--columns", metavar="USER,ITEM[,TIME]", help="names in the header, or numbers from 1")
+    add("--titles", type=source, metavar="FILE", help="item ids and titles")
+
+
+def parse_arguments(argv):
+    """-> args; args.config: the flags that train saves with a run. Raises DataError."""
+    parser = make_parser()
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
-    given, rest = parser.parse_known_args(argv)
-    given = vars(given)
-    # argparse leaves over the items that stand behind a flag
-    if given["command"] == "recommend" and not any(word.startswith("-") for word in rest):
-        given["items"], rest = [*given.get("items", []), *rest], []
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "recommend":                # argparse leaves over what follows a flag
+        if not any(word.startswith("-") for word in rest):
+            args.items, rest = args.items + rest, []
+        if args.items and (args.new_user or args.all_users or args.user is not None):
+            parser.error("TITLE-OR-ID: not allowed with --new-user, --user or --all-users")
     if rest:
-        parser.error(f"{rest[0]!r} is none of this command's flags: see train.py "
-                     f"{given['command']} --help")
-    return given.pop("command"), given
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.config = {name: value for name, value in vars(args).items()
+                   if name not in ("command", "run", "out", "resume")}
+    args.argv = argv[1:]
+    return args
 
 
-def keep_memory():
-    """Have glibc keep what a step frees for the next one: otherwise it goes back to the system
-    and is fetched again page by page, at 5-20 % of the time. Elsewhere this does nothing."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2 ** 25)                       # M_MMAP_THRESHOLD: map only arrays above 32 MB
-        mallopt(-1, 2 ** 31 - 1)                   # M_TRIM_THRESHOLD: never trim the heap
-        mallopt(-8, 1)                             # M_ARENA_MAX: one heap, threads or not
+DEFAULTS = parse_arguments(["train"]).config
 
-
-OUT_OF_MEMORY = "out of memory: lower --d-model, --n-blocks, --batch-size, --max-len or --threads"
+# Have glibc keep what a step frees for the next one: otherwise it goes back to the system and is
+# fetched again page by page, at 20 % of the time. Elsewhere this does nothing.
+with contextlib.suppress(AttributeError, OSError, TypeError):
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
+    mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
+    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap for all threads
 
 
 def main(argv=None):
     """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    keep_memory()
-    np.setbufsize(BUFFER)
+    sys.stdin = sys.stdin or open(os.devnull)      # the shell may have closed some: 2>&-, >&-, <&-
+    sys.stdout = sys.stdout or sys.stderr or open(os.devnull, "w")
+    sys.stderr = sys.stderr or sys.stdout
     for stream in (sys.stdin, sys.stdout, sys.stderr):            # text of any alphabet, anywhere
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    command = None
     try:
-        command, given = parse_arguments(sys.argv[1:] if argv is None else argv)
-        try:
-            lrurec.use_device(given.get("device", DEFAULTS["device"]))
-        except RuntimeError as error:
-            raise DataError(str(error)) from None
-        return COMMANDS[command][0](given)
-    except SystemExit as exit:
-        return exit.code or 0
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        lrurec.use_device(getattr(args, "device", "cpu"))
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except SystemExit:                             # --help
+        return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:                        # the reader of our output has gone
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if command != "train":
-            return 0
-        message = "nobody reads the output any more; what was saved is there, go on with --resume"
-    except DataError as error:
-        message = error
-    except (MemoryError, BrokenExecutor):          # the latter: the system killed a worker
-        message = OUT_OF_MEMORY
+        return 2 if args.command == "train" else 0                # head, say, has seen enough
+    except (DataError, RuntimeError) as error:     # the latter: no GPU
+        message = str(error)
+    except MemoryError:
+        message = "out of memory: lower --d-model, --n-blocks, --batch-size, --max-len or --threads"
     except OSError as error:
-        message = (f"{error.filename or 'output'}: {error.strerror or error}: see to the path, its "
-                   "permissions and the space on its disk")
-        if error.errno in (errno.ENOMEM, errno.EAGAIN):           # no memory, or no new process
-            message = OUT_OF_MEMORY
+        message = (f"{error.filename or 'output'}: {error.strerror or error}: check the path, its "
+                   "permissions and the free disk space")
     progress("")
-    print("train.py: " + str(message).replace("\n", " "), file=sys.stderr)
+    print("train.py: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
 
 
