@@ -32,6 +32,8 @@ import json
 import math
 import re
 import shlex
+import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,6 +51,24 @@ MAX_NORM = 5.0                # of the gradients, as published
 KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
 SHOWN = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR")
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Ctrl-C takes effect when the block, or the function that this decorates, has ended: amid the
+    locks of threads or the opening of an archive, Python may hang or print a traceback."""
+    caught = []
+    guarded = (signal.getsignal(signal.SIGINT) is signal.default_int_handler
+               and threading.current_thread() is threading.main_thread())
+    if guarded:
+        signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        if guarded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 # ---- Evaluation
@@ -93,6 +113,7 @@ def groups(histories, n_items):
     yield slice(first, len(histories))
 
 
+@ctrl_c_waits()
 def evaluate(scorer, data, split, max_len=None, threads=1):
     """Metrics of scorer, from a list of histories to scores (users, V+1), on split, "validation" or
     "test". None where no user has enough events."""
@@ -219,6 +240,7 @@ def train_step(pool, params, opt, batch, config, lr):
     return loss
 
 
+@ctrl_c_waits()
 def gradients(pool, params, batch, config, step):
     """Mean loss and gradients of a batch (items, targets, starts) -> loss, grads.
 
@@ -283,6 +305,7 @@ def progress(text):
 
 # ---- A run's files
 
+@ctrl_c_waits()
 def write_run(folder, run, data, validation):
     """model.npz, if this epoch is the best, then last.npz. Raises OSError."""
     common = {"config": run["config"], "digest": data.digest, "epoch": run["epoch"]}
@@ -311,17 +334,23 @@ def read_run(folder):
     if not has_epoch(folder):
         raise DataError(f"{folder} has no epoch saved yet, nothing to resume: if no run is going "
                         "on there, delete the folder and start again without --resume")
+    params, _ = read_model(os.path.join(folder, "model.npz"))     # its arrays are filled below
     with reading(path, "no run to resume: start a new one"):
         arrays, extra = lrurec.load(path)
-        params = {name: p for name, p in arrays.items() if "/" not in name}
-        mean, m, v = ({name: arrays[f"{kind}/{name}"] for name in params}
-                      for kind in ("mean", "m", "v"))
-        run = {"config": full_config(extra["config"]), "params": params, "mean": mean,
-               "opt": {"step": int(extra["step"]), "m": m, "v": v}, "epoch": int(extra["epoch"]),
-               "history": list(extra["history"])}
-        if not run["config"]["average"]:
-            run["mean"] = params                   # the same arrays, as in fit
-        return run, extra["digest"]
+        config = full_config(extra["config"])
+        mean = {name: p.copy() for name, p in params.items()} if config["average"] else params
+        opt = {**lrurec.adamw_init(params), "step": extra["step"]}
+        for kind, values in (("mean/", mean), ("", params), ("m/", opt["m"]), ("v/", opt["v"])):
+            for name, value in values.items():
+                found = arrays[kind + name]
+                if found.shape != value.shape or found.dtype != value.dtype:
+                    raise ValueError(f"{kind}{name} does not fit model.npz")
+                value[...] = found
+        run = {"config": config, "params": params, "mean": mean, "opt": opt,
+               "epoch": extra["epoch"], "history": extra["history"]}
+        if not best_epoch(run) <= run["epoch"] == len(run["history"]) <= opt["step"]:
+            raise ValueError("its counts do not fit together")
+    return run, extra["digest"]
 
 
 def read_model(path):
@@ -435,16 +464,6 @@ def train_command(args):
 def resumed(folder, args):
     """The run in folder -> config, data, run. Raises DataError."""
     run, digest = read_run(folder)
-    like, _ = read_model(os.path.join(folder, "model.npz"))       # needed at the end, too
-    reals = {name: lrurec.real_view(p) for name, p in like.items()}
-    with reading(os.path.join(folder, "last.npz"), "no run to resume: start a new one"):
-        for arrays, expected in ((run["params"], like), (run["mean"], like),
-                                 (run["opt"]["m"], reals), (run["opt"]["v"], reals)):
-            if [(name, p.shape, p.dtype) for name, p in arrays.items()] != [
-                    (name, p.shape, p.dtype) for name, p in expected.items()]:
-                raise ValueError("not the names, shapes and types of its model.npz")
-        if min(run["epoch"], run["opt"]["step"], best_epoch(run)) < 0:    # which reads history
-            raise ValueError("a negative count")
     config = full_config(run["config"], args.argv)
     free = "epochs", "patience", "data", "titles", "threads", "device"
     for name in config:
