@@ -899,8 +899,7 @@ def make_parser():
     for p in (evaluation, recommending):
         p.add_argument("--data", type=source, metavar="FILE", help="as in train (default: the data "
                        "that the model was trained on)")
-    benchmark.add_argument("--data", type=source, default="ml-100k", metavar="FILE",
-                           help="as in train")
+    benchmark.add_argument("--data", type=source, default="ml-100k", help="as in train")
     for p in (training, evaluation, recommending, benchmark):
         p.add_argument("--threads", type=number(int, 1, 1024), default=os.cpu_count() or 1,
                        metavar="N", help="any number gives the same results")
