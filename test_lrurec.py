@@ -308,7 +308,8 @@ def step_with(change, *names):
 def eps_in_root(ours, params, grads, opt, lr, weight_decay, betas, eps):
     ours(params, grads, opt, 0, weight_decay, betas, eps)         # the moments alone
     for name, p in params.items():
-        p *= 1 - lr * weight_decay * name.endswith(lrurec.DECAYED)
+        if name.endswith(lrurec.DECAYED):
+            p *= 1 - lr * weight_decay
         mhat, vhat = (opt[key][name] / (1 - beta ** opt["step"]) for key, beta in zip("mv", betas))
         p -= (lr * mhat / np.sqrt(vhat + eps)).view(p.dtype)
 
@@ -985,7 +986,6 @@ import shutil  # noqa: E402
 import signal  # noqa: E402
 import tracemalloc  # noqa: E402
 import zipfile  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
