@@ -398,9 +398,9 @@ def load_dataset(source, min_count=5, ties="item", seed=0, columns=None, titles=
 
 
 def prepare(events, name, min_count=5, ties="item", seed=0):
-    """Events -> Dataset: repeats dropped, rare items and users dropped, ids 1..V, time order."""
+    """Events -> Dataset: repeats of the line before, rare items, then rare users dropped."""
     users, items = events.users, events.items
-    differs = (users[1:] != users[:-1]) | (items[1:] != items[:-1])     # from the event before
+    differs = (users[1:] != users[:-1]) | (items[1:] != items[:-1])     # from the line before
     keep = np.flatnonzero(np.append(True, differs))
     for codes in (items, users):
         keep = keep[np.bincount(codes[keep])[codes[keep]] >= min_count]
@@ -414,7 +414,7 @@ def prepare(events, name, min_count=5, ties="item", seed=0):
            "random": np.random.default_rng(seed).permutation(len(items))}[ties]
     items = items[np.lexsort((tie, events.times[keep], users))]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
-    digest = hashlib.sha256(items.astype("<i8").tobytes() + offsets.astype("<i8").tobytes())
+    digest = hashlib.sha256(np.concatenate([items, offsets]).astype("<i8", copy=False))
     for raw in item_ids:
         digest.update(b"\0" + raw.encode())
     item_ids = [""] + item_ids
@@ -424,7 +424,7 @@ def prepare(events, name, min_count=5, ties="item", seed=0):
 
 
 def renumber(codes, raw_ids):
-    """Codes from 0 in the order of the raw ids, as numbers where all are -> codes, raw ids."""
+    """New codes 0, 1, ... by raw id, as numbers where all are -> codes, the raw ids in order."""
     order = sorted(np.flatnonzero(np.bincount(codes)).tolist(), key=raw_ids.__getitem__)
     try:
         order = sorted(order, key=lambda code: number(raw_ids[code]))    # equal ones stay by text
@@ -447,11 +447,11 @@ class Rows(NamedTuple):
 
 
 def training_rows(data, max_len=None):
-    """Rows of the training events, in windows of at most max_len rows (None: one a user).
+    """Rows of the training events, in windows of at most max_len rows (None: one for a user).
 
-    Events s0, s1, ... give rows (0 -> s0), (s0 -> s1), ... A wall stands before the second: 0 is no
-    event, and at test a history begins with its first event. Windows are cut from the end, so a
-    user's first may be short. Every event is a target once; the official code drops early events.
+    Events s0, s1, ... give rows (0 -> s0), (s0 -> s1), ... A wall before row 1 drops the state that
+    id 0 left, as at test, where a history begins with its first event. Windows are cut from the
+    end: a user's first may be short. Every event is a target; the official code drops early ones.
     """
     lengths = np.diff(data.offsets)
     lengths = np.where(lengths >= 3, lengths - 2, lengths)        # the last two are held out
@@ -460,11 +460,11 @@ def training_rows(data, max_len=None):
     targets = data.items[np.repeat(data.offsets[:-1], lengths) + position]
     items = np.where(position == 0, 0, np.roll(targets, 1))
     remaining = np.repeat(lengths, lengths) - position            # rows to the user's end
-    window = position == 0
+    begins = position == 0                                        # a window begins
     if max_len:
-        window |= remaining % max_len == 0
-    windows = np.append(np.flatnonzero(window), len(items))
-    return Rows(items, targets, window | (position == 1), windows)
+        begins |= remaining % max_len == 0
+    windows = np.append(np.flatnonzero(begins), len(items))
+    return Rows(items, targets, begins | (position == 1), windows)
 
 
 def batches(rows, batch_size, rng):
@@ -496,5 +496,5 @@ def histories(data, split, max_len=None):
 
 
 def full_histories(data, max_len=None):
-    """Every user's last max_len events, nothing held out: a list of arrays, as in offsets."""
+    """Every user's last max_len events, nothing held out: arrays, in the order of user_ids."""
     return last_events(data, data.offsets[:-1], data.offsets[1:], max_len)

@@ -22,8 +22,8 @@ Sizes                                               Symbols
     V  items, ids 1..V; id 0 is "nothing yet"                  exp(-exp(nu_log) + i exp(theta_log))
     D  model width (64)                                 gamma  input gain, exp(gamma_log)
     H  complex state width (2 D)                        u, h   input and state of the recurrence
-    F  feed-forward width (4 D)                         dh     gradient of h_n by row n's output
-    K  blocks (2)                                       g      the same, by all later rows' too
+    F  feed-forward width (4 D)                         dh     gradient of h_n by its own row's out
+    K  blocks (2)                                       g      dh, and what comes from later rows
 
 Walls. Where starts[n] is True the state is zero before row n: a new user begins, or a new window
 of a long history. A wall always stands before row 0, whatever starts[0] says. Rows count from 0.
@@ -38,9 +38,9 @@ the product z = a w is a real 2x2 matrix acting on w, and gradients go back by i
 The transpose is the matrix of p - iq. Hence the conjugate: dw = conj(a) dz, and da = conj(w) dz.
 All entries are plain partial derivatives, so there is no factor 2. y = Re(z) gives dz = dy + 0i.
 
-Where the text of [1] and its authors' code differ, we follow the code: no second GELU after the
-feed-forward (eq. 8), and the residual for D x (eq. 5). Our own: GELU in its tanh form, dropout from
-random bytes, no padding, every event a target once. README, "Where we differ", has the whole list.
+Where [1] and its authors' code differ, we follow the code: no second GELU after the feed-forward
+(eq. 8). Our own: the tanh form of GELU, dropout from random bytes, no padding, each event is a
+target exactly once an epoch; README, "Where we differ", has the whole list.
 """
 import contextlib
 import json
@@ -92,7 +92,7 @@ def gelu_backward(dout, cache):
 
 
 def row_mean(x):
-    """x (N, D) -> (N, 1): x.mean(1, keepdims=True), but 3 % of a training step faster."""
+    """x (N, D) -> (N, 1): x.mean(1, keepdims=True); saves 3 % of a training step."""
     return x @ xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
 
 
@@ -101,9 +101,9 @@ def layer_norm_forward(x, scale, shift, eps=1e-5):
     rstd = 1 / sqrt(mean of (x - mean)^2 + eps).
     x (N, D), scale (D,), shift (D,) -> out (N, D); cache = (xhat (N, D), rstd (N, 1), scale)
     """
-    xhat = x - row_mean(x)
-    rstd = 1 / xp.sqrt(row_mean(xhat * xhat) + eps)               # (N, 1)
-    xhat *= rstd
+    centered = x - row_mean(x)
+    rstd = 1 / xp.sqrt(row_mean(centered * centered) + eps)       # (N, 1)
+    xhat = centered * rstd
     return scale * xhat + shift, (xhat, rstd, scale)
 
 
@@ -201,20 +201,20 @@ def scan_recursive(lam, u, starts):
 def scan(lam, u, starts):
     """What the model uses: O(N) work in O(log N) array operations. Shapes as in scan_loop.
 
-    Rows 2i and 2i+1 are a pair. Two steps in one give the odd rows without the even ones:
-    h_{2i+1} = lam^2 h_{2i-1} + (lam u_{2i} + u_{2i+1}), the same recurrence at half the length,
-    with a wall where either row of the pair has one. Solve it by this very function; then one
-    plain step leads from each odd row to the even row after it (Brent and Kung, 1982). The powers
-    of lam are in double precision for float32 too: each squaring doubles their relative error.
+    Rows 2i and 2i+1 are a pair. Putting h_{2i} into h_{2i+1} leaves the odd rows alone:
+    h_{2i+1} = lam^2 h_{2i-1} + (lam u_{2i} + u_{2i+1}), the same recurrence at half the length. A
+    wall in either row is a wall of the pair; one before row 2i+1 also drops lam u_{2i}. Solve it by
+    this very function; then one plain step leads from each odd row to the even row after it (Brent
+    and Kung, 1982). Powers of lam are in double precision, since squaring doubles their error.
     """
     if xp is not np:
         h = u.copy()
         _gpu_scan(lam, starts, *h.shape, h, size=h.size)
         return h
-    if starts[1:].all():                           # no row looks back
+    if starts[1:].all():                           # no row looks back; so N = 1 ends the recursion
         return u.copy()
     N, a = len(u), lam.astype(u.dtype)
-    pairs = a * u[0:N - 1:2]                       # (N // 2, H)
+    pairs = a * u[0:N - 1:2]                       # lam u_{2i}, and below + u_{2i+1}: (N // 2, H)
     pairs[starts[1::2]] = 0
     pairs += u[1::2]
     h = u.copy()
@@ -263,7 +263,7 @@ def lam_backward(dlam, cache):
 
 
 def real_view(z):
-    """The same memory: complex (..., M) as real (..., 2M), re, im, re, im, ...; real as it is."""
+    """The same memory: complex (..., M) as real (..., 2M), re, im, ...; .view(dtype) undoes it."""
     return z.view(z.real.dtype)
 
 
@@ -313,8 +313,8 @@ def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
     """
     lam, lam_cache = lam_forward(nu_log, theta_log)
     gamma = xp.exp(gamma_log)
-    u, in_cache = complex_in_forward(x, B, b_B)    # (N, D) -> (N, H)
-    u *= gamma
+    z, in_cache = complex_in_forward(x, B, b_B)    # (N, D) -> (N, H)
+    u = gamma * z
     h = scan(lam, u, starts)
     out, out_cache = complex_out_forward(h, C, b_C)               # (N, H) -> (N, D)
     return out, dict(u=u, h=h, lam=lam, gamma=gamma, starts=starts, lam_cache=lam_cache,
@@ -330,8 +330,8 @@ def lru_backward(dout, cache):
     dh, dC, db_C = complex_out_backward(dout, cache["out_cache"])
     dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"])
     dgamma_log = (cache["u"].conj() * du).real.sum(0)
-    du *= cache["gamma"]                           # from here on it is dz
-    dx, dB, db_B = complex_in_backward(du, cache["in_cache"])
+    dz = cache["gamma"] * du
+    dx, dB, db_B = complex_in_backward(dz, cache["in_cache"])
     dnu_log, dtheta_log = lam_backward(dlam, cache["lam_cache"])
     return dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C
 
@@ -468,10 +468,10 @@ def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=No
         radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # |lam|^2: uniform in area
         phase = 2 * math.pi * max_phase * (1 - rng.random(H))     # above 0: log is finite
         values = [np.log(-0.5 * np.log(radius2)), np.log(phase), 0.5 * np.log(1 - radius2),
-                  normal(D, H) + 1j * normal(D, H), normal(H) + 1j * normal(H),
-                  normal(H, D) + 1j * normal(H, D), normal(D),
-                  np.ones(D), np.zeros(D), normal(D, F), normal(F), normal(F, D), normal(D),
-                  np.ones(D), np.zeros(D)]
+                  normal(D, H) + 1j * normal(D, H), normal(H) + 1j * normal(H),  # B, b_B
+                  normal(H, D) + 1j * normal(H, D), normal(D),                   # C, b_C
+                  np.ones(D), np.zeros(D),                                       # lru_norm
+                  normal(D, F), normal(F), normal(F, D), normal(D), np.ones(D), np.zeros(D)]
         for name, value in zip(BLOCK_NAMES, values):
             params[f"blocks.{k}.{name}"] = value
     params["output_bias"] = normal(n_items + 1)
@@ -481,7 +481,7 @@ def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=No
 
 
 def blocks(params):
-    """params["blocks.0.lru.nu_log"], ... of each block k: a list of dicts by BLOCK_NAMES."""
+    """One dict for each block: params["blocks.k.NAME"] under NAME, for NAME in BLOCK_NAMES."""
     n_blocks = sum(name.endswith(".nu_log") for name in params)
     return [{name: params[f"blocks.{k}.{name}"] for name in BLOCK_NAMES} for k in range(n_blocks)]
 
@@ -530,9 +530,9 @@ def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
     items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool, rng a NumPy
     Generator where dropout > 0 -> loss (mean over the rows with a target), grads like params
     """
-    items, targets, starts = as_ids(params, items), as_ids(params, targets), xp.asarray(starts)
+    items, targets = as_ids(params, items), as_ids(params, targets)
     E = params["item_embedding"]
-    hidden, caches = forward(params, items, starts, dropout, rng)
+    hidden, caches = forward(params, items, xp.asarray(starts, bool), dropout, rng)
     loss, dhidden, dE, doutput_bias = output_loss(hidden, E, params["output_bias"], targets)
     grads = backward(dhidden, caches, E)
     grads["item_embedding"] += dE                  # tied: as input and as output embedding
@@ -542,11 +542,10 @@ def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
 
 def encode(params, items, starts, return_state=False):
     """items (N,), starts (N,) -> hidden (N, D), without dropout
-
-    With return_state also the state (K, segments, H) after each segment's last row, from which
-    step goes on. Raises ValueError for an id outside 0..V.
+    With return_state also the state (K, segments, H) after the last row of each segment, the rows
+    between two walls; step goes on from it. Raises ValueError for an id outside 0..V.
     """
-    items, starts = as_ids(params, items), xp.asarray(starts)
+    items, starts = as_ids(params, items), xp.asarray(starts, bool)
     hidden, (_, _, _, *block_caches) = forward(params, items, starts)
     if not return_state:
         return hidden
@@ -606,8 +605,9 @@ def adamw_init(params):
 
 def adamw_update(params, grads, opt, lr, weight_decay, betas=(0.9, 0.999), eps=1e-9):
     """Step t = 1, 2, ..., in place. m, v: running means of g, g^2; mhat, vhat: without their bias.
-        p <- p (1 - lr weight_decay)    if DECAYED names it; p <- p - lr mhat / (sqrt(vhat) + eps)
-    A complex entry is two real ones, each with its own m and v. eps as in the authors' code.
+        p <- p (1 - lr weight_decay)                 if its name ends with one of DECAYED
+        p <- p - lr mhat / (sqrt(vhat) + eps)        eps as in the authors' code
+    A complex entry is two real ones, each with its own m and v.
     """
     opt["step"] += 1
     t, (beta1, beta2) = opt["step"], betas
@@ -668,13 +668,13 @@ def load(path):
     where it is no such file."""
     with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > os.path.getsize(path):   # save does not compress
+            if unpacked > os.path.getsize(path):   # a zip bomb: save does not compress
                 raise ValueError
             arrays = dict(np.load(file, allow_pickle=False))
             extra = json.loads(str(arrays.pop("extra")))
-        except Exception:                          # what a damaged file can raise has no end
+        except Exception:                          # a damaged file can raise many types
             raise ValueError(f"{path} is not a model file, or it is damaged") from None
     return {name: xp.asarray(array) for name, array in arrays.items()}, extra
 

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-# Our own threads share the work, so BLAS gets one; it looks when NumPy is first imported
+# Our own threads share the work, so BLAS gets one. It reads these when NumPy is first imported
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                 "VECLIB_MAXIMUM_THREADS")
 if "numpy" in sys.modules and not any(os.environ.get(name) == "1" for name in BLAS_THREADS):
@@ -25,13 +25,13 @@ import collections
 import contextlib
 import csv
 import ctypes
-import difflib
 import functools
 import glob
 import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -43,11 +43,10 @@ import data as reader
 import lrurec
 from data import DataError, printable
 
-SHARD_ROWS = 2000             # a batch is cut into shards of about so many rows
-GROUP_ROWS = 2048             # so many rows are encoded at once in the evaluation
-GROUP_SCORES = 2 ** 22        # and so many scores are held: users x items
-BATCH_EVENTS = 1400           # the default batch has as many windows as hold about so many
-MAX_NORM = 5.0                # of the gradients, as published
+SHARD_ROWS = 2000             # rows of a shard of a batch, about
+BATCH_EVENTS = 1400           # events in a batch of the default size, about
+GROUP = 16                    # users evaluated at once
+MAX_NORM = 5.0                # gradients are clipped to this norm, as published
 KS = (1, 5, 10, 20, 50)
 BEST = "Recall@10"            # on validation: picks the epoch that is kept
 SHOWN = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR")
@@ -55,8 +54,8 @@ SHOWN = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "
 
 @contextlib.contextmanager
 def ctrl_c_waits():
-    """Ctrl-C takes effect when the block, or the function that this decorates, has ended: amid the
-    locks of threads or the opening of an archive, Python may hang or print a traceback."""
+    """Ctrl-C takes effect when the block, or the function that this decorates, has ended. Amid the
+    locks of threads or the opening of an archive Python might hang, or print a traceback."""
     caught = []
     guarded = (signal.getsignal(signal.SIGINT) is signal.default_int_handler
                and threading.current_thread() is threading.main_thread())
@@ -89,7 +88,7 @@ def ranks(scores, seen, truth):
     users = np.arange(len(truth))
     true_scores = scores[users, truth]
     leave_out(scores, seen)
-    ahead = (~(scores < true_scores[:, None])).sum(1) - 1.0       # itself not counted
+    ahead = (~(scores < true_scores[:, None])).sum(1) - 1.0       # nan is ahead, itself is not
     ahead[np.isneginf(scores[users, truth])] = np.inf
     return ahead
 
@@ -102,17 +101,6 @@ def metrics(rank):
     return {**table, "MRR": float((1 / (rank + 1)).mean())}
 
 
-def groups(histories, n_items):
-    """Yield slices of users, one after another, that are small enough to be scored at once."""
-    first, rows, most_users = 0, 0, max(1, GROUP_SCORES // (n_items + 1))
-    for user, history in enumerate(histories):
-        if user > first and (rows + len(history) > GROUP_ROWS or user - first == most_users):
-            yield slice(first, user)
-            first, rows = user, 0
-        rows += len(history)
-    yield slice(first, len(histories))
-
-
 @ctrl_c_waits()
 def evaluate(scorer, data, split, max_len=None, threads=1):
     """Metrics of scorer, from a list of histories to scores (users, V+1), on split, "validation" or
@@ -120,16 +108,21 @@ def evaluate(scorer, data, split, max_len=None, threads=1):
     seen, truth = reader.histories(data, split, max_len)
     if not len(truth):
         return None
+
+    def group_ranks(first):
+        users = slice(first, first + GROUP)
+        return ranks(scorer(seen[users]), seen[users], truth[users])
+
     with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda group: ranks(scorer(seen[group]), seen[group], truth[group]),
-                         groups(seen, len(data.item_ids) - 1))
-        return metrics(np.concatenate(list(parts)))
+        return metrics(np.concatenate(list(pool.map(group_ranks, range(0, len(seen), GROUP)))))
 
 
 def model_scorer(params):
     """The model as a scorer for evaluate."""
     def scorer(seen):
         lengths = [len(history) for history in seen]
+        if 0 in lengths:
+            raise ValueError("an empty history: give [0], which is nobody's")
         ends = np.cumsum(lengths)
         starts = np.isin(np.arange(ends[-1]), ends - lengths)     # a wall before each history
         hidden = lrurec.encode(params, np.concatenate(seen), starts)
@@ -143,6 +136,7 @@ def baseline_scorers(data):
     size = len(data.item_ids)
     popularity = np.bincount(rows.targets, minlength=size).astype(float)
     fraction = popularity / (len(rows.targets) + 1)               # < 1: it breaks ties only
+    # pairs of an item and the next one, as a number, in order
     pairs, counts = np.unique(rows.items * size + rows.targets, return_counts=True)
 
     def by_popularity(seen):
@@ -162,7 +156,8 @@ def baseline_scorers(data):
 
 def fit(data, config, folder, run=None):
     """Train until patience or epochs run out -> run, the state of the training, a dict: config,
-    params, mean (their running mean, which is the model), opt, epoch, history (a dict per epoch).
+    params, mean (what is validated and saved as the model: the running mean of params, or params
+    itself where config["average"] is 0), opt, epoch, history (a dict per epoch).
 
     config names what differs from DEFAULTS. run: what read_run returned, to continue from there.
     After every epoch folder holds model.npz (the best epoch) and last.npz (all that continuing
@@ -191,7 +186,7 @@ def fit(data, config, folder, run=None):
                                   config["max_len"], config["threads"])
             line = end_epoch(run, loss, validation, time.perf_counter() - begin)
             write_run(folder, run, data, validation)
-            print(line, flush=True)
+            print(line, flush=True)                # what is printed is saved
     return run
 
 
@@ -226,7 +221,7 @@ def train_epoch(pool, rows, run):
         progress(f"epoch {epoch}/{config['epochs']}  batch {len(losses)}/{n_batches}  "
                  f"at most {left:.0f} s to go")
     progress("")
-    losses = lrurec.to_host(lrurec.xp.stack(losses))             # on a GPU the first wait
+    losses = lrurec.to_host(lrurec.xp.stack(losses))             # here a GPU is first waited for
     if not np.isfinite(losses).all() or not finite(params):
         raise DataError(f"the loss is not finite in epoch {epoch}: lower --lr")
     return float(losses.mean())
@@ -244,7 +239,7 @@ def train_step(pool, params, opt, batch, config, lr):
 def gradients(pool, params, batch, config, step):
     """Mean loss and gradients of a batch (items, targets, starts) -> loss, grads.
 
-    The pool's threads work on shards of the batch, since NumPy lets go of the interpreter's lock.
+    The pool's threads work on shards of the batch, since NumPy releases the interpreter's lock.
     The shards, their dropout and the order of the sums depend on batch, seed and step alone: the
     number of threads does not change a bit of the result.
     """
@@ -253,12 +248,12 @@ def gradients(pool, params, batch, config, step):
     def shard_gradients(k):
         rng = np.random.default_rng([config["seed"], step, k])
         loss, grads = lrurec.loss_and_grads(params, *parts[k], config["dropout"], rng)
-        weight = np.count_nonzero(parts[k][1]) / n_targets        # from its mean to the batch's
+        weight = np.count_nonzero(parts[k][1]) / n_targets        # its share in the batch's mean
         for g in grads.values():
             g *= weight
         return weight * loss, grads
 
-    run_all = pool.map if config["threads"] > 1 else map          # a profiler sees no other thread
+    run_all = pool.map if config["threads"] > 1 else map          # a profiler sees one thread
     results = run_all(shard_gradients, range(len(parts)))
     loss, grads = next(results)
     for shard_loss, shard_grads in results:
@@ -272,13 +267,10 @@ def shards(items, targets, starts):
     """Cut a batch into shards of about SHARD_ROWS rows, at the walls nearest to equal parts: an
     even number, for two threads to share; on a GPU one."""
     n = 2 * max(1, round(len(items) / SHARD_ROWS / 2)) if lrurec.xp is np else 1
-    walls = np.flatnonzero(starts)
-    wanted = len(items) * np.arange(1, n) / n
-    after = np.minimum(np.searchsorted(walls, wanted), len(walls) - 1)
-    before = np.maximum(after - 1, 0)
-    before_is_nearer = wanted - walls[before] <= walls[after] - wanted
-    cuts = np.unique(np.where(before_is_nearer, walls[before], walls[after]))
-    cuts = cuts[cuts > 0]
+    walls = np.append(0, np.flatnonzero(starts))
+    middles = (walls[1:] + walls[:-1]) / 2         # up to middles[i], walls[i] is the nearest
+    cuts = walls[np.searchsorted(middles, len(items) * np.arange(1, n) / n)]
+    cuts = np.unique(cuts[cuts > 0])
     return list(zip(*(np.split(array, cuts) for array in (items, targets, starts))))
 
 
@@ -331,25 +323,19 @@ def reading(path, failure):
 def read_run(folder):
     """What write_run wrote into last.npz -> run, digest of its data. Raises DataError."""
     path = os.path.join(folder, "last.npz")
-    if not has_epoch(folder):
-        raise DataError(f"{folder} has no epoch saved yet, nothing to resume: if no run is going "
-                        "on there, delete the folder and start again without --resume")
-    params, _ = read_model(os.path.join(folder, "model.npz"))     # its arrays are filled below
+    if not os.path.exists(path):
+        raise DataError(f"{folder} has no epoch saved yet: delete it and start without --resume")
     with reading(path, "no run to resume: start a new one"):
         arrays, extra = lrurec.load(path)
-        config = full_config(extra["config"])
-        mean = {name: p.copy() for name, p in params.items()} if config["average"] else params
-        opt = {**lrurec.adamw_init(params), "step": extra["step"]}
-        for kind, values in (("mean/", mean), ("", params), ("m/", opt["m"]), ("v/", opt["v"])):
-            for name, value in values.items():
-                found = arrays[kind + name]
-                if found.shape != value.shape or found.dtype != value.dtype:
-                    raise ValueError(f"{kind}{name} does not fit model.npz")
-                value[...] = found
-        run = {"config": config, "params": params, "mean": mean, "opt": opt,
-               "epoch": extra["epoch"], "history": extra["history"]}
-        if not best_epoch(run) <= run["epoch"] == len(run["history"]) <= opt["step"]:
-            raise ValueError("its counts do not fit together")
+        run = {name: extra[name] for name in ("epoch", "history")}
+        config = run["config"] = full_config(extra["config"])
+        names = [name for name in arrays if "/" not in name]
+        params, mean, m, v = ({name: arrays[kind + name] for name in names}
+                              for kind in ("", "mean/", "m/", "v/"))
+        run.update(params=params, mean=mean if config["average"] else params,
+                   opt={"step": extra["step"], "m": m, "v": v})
+        if not best_epoch(run) <= run["epoch"] == len(run["history"]) <= extra["step"]:
+            raise ValueError("epoch, history and step do not fit together")
     return run, extra["digest"]
 
 
@@ -375,24 +361,27 @@ def read_model(path):
 
 
 def full_config(config, argv=()):
-    """DEFAULTS, over them config, over both the flags in argv. Raises DataError."""
+    """DEFAULTS, overridden by config, then by the flags in argv. The values are checked by the
+    parser of the command line. Raises DataError."""
     words = []
     for name, value in config.items():
         if name not in DEFAULTS:
             raise DataError(f"no setting {name!r}: choose from {', '.join(DEFAULTS)}")
         if value is not None or name == "max_len":
             words.append(f"--{name.replace('_', '-')}={value}")
-    return parse_arguments(["train", *words, *argv]).config       # which checks all values
+    return parse_arguments(["train", *words, *argv]).config
 
 
 # ---- train, evaluate, compare
 
-def load_data(config, titles=None):
-    columns = None
-    if config["columns"]:
-        columns = [column.strip() for column in config["columns"].split(",")]
-    return reader.load_dataset(config["data"], config["min_count"], config["ties"], config["seed"],
+def load_data(config, titles=None, digest=None):
+    """The data that config names; where a digest is given, only if it is theirs."""
+    columns = config["columns"] and [name.strip() for name in config["columns"].split(",")]
+    data = reader.load_dataset(config["data"], config["min_count"], config["ties"], config["seed"],
                                columns, titles)
+    if digest not in (None, data.digest):
+        raise DataError(f"{config['data']} is not the data of the training: use --data")
+    return data
 
 
 def print_table(results):
@@ -407,38 +396,30 @@ def print_table(results):
 
 
 def new_folder(args):
-    """Make a new run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ... An empty
-    last.npz claims it, so that two runs never share one. Raises DataError."""
+    """Make a new run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ... Only one run
+    can make it, so two never share one. Raises DataError."""
     name, n = os.path.basename(args.data).split(".")[0] or "data", 1
     folder = args.out or os.path.join("runs", name)
     while not args.out and os.path.exists(folder):
         n += 1
         folder = os.path.join("runs", f"{name}-{n}")
-    os.makedirs(folder, exist_ok=True)
     try:
-        if os.path.exists(os.path.join(folder, "model.npz")):
-            raise FileExistsError
-        open(os.path.join(folder, "last.npz"), "x").close()
+        os.makedirs(folder)
     except FileExistsError:
-        raise DataError(f"{folder} holds a run or a model: choose another --out, continue the run "
-                        "with --resume, or delete the folder") from None
+        raise DataError(f"{folder} exists: choose another --out, or --resume its run") from None
     return folder
 
 
-def has_epoch(folder):
-    path = os.path.join(folder, "last.npz")
-    return os.path.exists(path) and os.path.getsize(path) > 0
-
-
 def train_command(args):
+    """Train in a new folder, or go on in that of the run to resume."""
+    runs = glob.glob(os.path.join("runs", "*", "last.npz"))
+    if args.resume and not args.out and not runs:
+        raise DataError("no run in runs/ to resume: give the folder of one with --out")
     if args.resume:
-        runs = [run for run in glob.glob(os.path.join("runs", "*", "last.npz"))
-                if os.path.getsize(run)]
-        if not args.out and not runs:
-            raise DataError("no run in runs/ to resume: give the folder of one with --out")
         folder = args.out or os.path.dirname(max(runs, key=os.path.getmtime))
     else:
         folder = new_folder(args)
+    last = os.path.join(folder, "last.npz")
     try:
         if args.resume:
             train_and_test(folder, *resumed(folder, args))
@@ -448,16 +429,15 @@ def train_command(args):
         progress("")
         what = "\ninterrupted" if isinstance(error, KeyboardInterrupt) else "output pipe closed"
         hint = "nothing was saved yet"
-        if has_epoch(folder):
+        if os.path.exists(last):
             hint = ("completed epochs are saved, continue with: python train.py train --resume "
-                    f"--out {shlex.quote(folder)}")
+                    f"--out {shlex.quote(folder)} --device {args.device}")
         print(f"{what}; {printable(hint)}", file=sys.stderr)
         raise
     finally:
-        if not args.resume and not has_epoch(folder):             # it leaves nothing
+        if not args.resume and not os.path.exists(last):
+            shutil.rmtree(folder)                  # a run that saved nothing leaves nothing
             with contextlib.suppress(OSError):
-                os.remove(os.path.join(folder, "last.npz"))
-                os.rmdir(folder)
                 os.rmdir("runs")
 
 
@@ -465,26 +445,20 @@ def resumed(folder, args):
     """The run in folder -> config, data, run. Raises DataError."""
     run, digest = read_run(folder)
     config = full_config(run["config"], args.argv)
-    free = "epochs", "patience", "data", "titles", "threads", "device"
+    free = "epochs", "patience", "data", "titles", "threads"
     for name in config:
         if name not in free and config[name] != run["config"][name]:
-            raise DataError(f"--{name.replace('_', '-')}: the run in {folder} has "
-                            f"{run['config'][name]}: leave the flag out, or start a new run")
-    data = load_data(config, config["titles"])
-    if digest != data.digest:
-        raise DataError(f"{folder} was trained on other data than {config['data']} now holds: give "
-                        "its data with --data, or start a new run with another --out")
-    return config, data, run
+            raise DataError(f"--{name.replace('_', '-')}: the run has {run['config'][name]}: leave "
+                            "the flag out, or start a new run")
+    return config, load_data(config, config["titles"], digest), run
 
 
 def train_and_test(folder, config, data, run=None):
     """Train, test beside the baselines, report."""
-    numbers = {"name": data.name, "users": len(data.offsets) - 1, "items": len(data.item_ids) - 1,
-               "events": len(data.items), "digest": data.digest}
+    users, items, events = len(data.user_ids), len(data.item_ids) - 1, len(data.items)
     layout = f"{data.layout}; " if data.layout else ""
-    print(printable(f"{data.name}: {numbers['users']:,} users, {numbers['items']:,} items, "
-                    f"{numbers['events']:,} events; {layout}ties by {config['ties']}; run in "
-                    f"{folder}"), flush=True)
+    print(printable(f"{data.name}: {users:,} users, {items:,} items, {events:,} events; {layout}"
+                    f"ties by {config['ties']}; run in {folder}"), flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)           # fit reports what matters
         run = fit(data, config, folder, run)
@@ -494,9 +468,11 @@ def train_and_test(folder, config, data, run=None):
                  for name, scorer in baseline_scorers(data).items()}
     test = evaluate(model_scorer(params), data, "test", config["max_len"], config["threads"])
     seconds = sum(epoch["seconds"] for epoch in run["history"])
-    report = {"data": numbers, "config": {**config, "out": folder}, "epoch": model["epoch"],
-              "seconds": seconds, "history": run["history"], "validation": model["validation"],
-              "test": test, "baselines": baselines}
+    report = {"data": {"name": data.name, "users": users, "items": items, "events": events,
+                       "digest": data.digest},
+              "config": {**config, "out": folder}, "epoch": model["epoch"], "seconds": seconds,
+              "history": run["history"], "validation": model["validation"], "test": test,
+              "baselines": baselines}
     with lrurec.whole_file(os.path.join(folder, "metrics.json")) as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
     print(f"\ntest, best epoch {model['epoch']}, trained for {seconds:.0f} s")
@@ -506,10 +482,8 @@ def train_and_test(folder, config, data, run=None):
 
 def evaluate_command(args):
     params, model = read_model(args.model)
-    config = model["config"]
-    data = load_data({**config, "data": args.data or config["data"]})
-    if data.digest != model["digest"]:
-        raise DataError(f"{args.model} was trained on other data than {data.name}: use --data")
+    config = {**model["config"], "data": args.data or model["config"]["data"]}
+    data = load_data(config, digest=model["digest"])
     print_table({split: evaluate(model_scorer(params), data, split, config["max_len"],
                                  args.threads) for split in ("validation", "test")})
 
@@ -536,45 +510,22 @@ def compare_command(args):
         print_table(table)
 
 
-# ---- recommend: for a history, one event at a time, or for the users of a data set
+# ---- recommend: for a history, for users of the data, or one event at a time
 
-HELP = "type a title, a part of one, or an id; or: undo, reset, why, help, quit"
-
-
-def visit(params, history):
-    """A whole history by one scan -> history, state (K, 1, H) after it, hidden (D,)."""
-    items = np.array(history or [0])               # 0: nothing yet
-    hidden, state = lrurec.encode(params, items, np.arange(len(items)) == 0, return_state=True)
-    return history, state if history else lrurec.init_state(params), hidden[-1]
-
-
-def one_more(params, last, item):
-    """visit's result after one more event, by one step."""
-    history, state, _ = last
-    hidden, state = lrurec.step(params, state, np.array([item]))
-    return [*history, item], state, hidden[0]
-
-
-def top_items(scores, n):
-    """scores (users, V+1) -> each user's n best items, best first, and their scores (users, n)."""
+def best_items(scores, seen, n):
+    """Each user's n best items that are not in the history: a list of (item, score), best first.
+    scores (users, V+1), where the histories become -inf; seen: a list of histories."""
+    leave_out(scores, seen)
     n = min(n, scores.shape[1])
-    items = np.argpartition(-scores, n - 1, axis=1)[:, :n]        # the best n, in any order
-    order = np.argsort(-np.take_along_axis(scores, items, 1), axis=1)
-    items = np.take_along_axis(items, order, 1)
-    return items, np.take_along_axis(scores, items, 1)
+    candidates = np.argpartition(-scores, n - 1, axis=1)[:, :n]   # the n best, in any order
+    best = []
+    for row, items in zip(scores, candidates):
+        items = items[np.argsort(-row[items])]
+        best.append([(int(v), float(row[v])) for v in items if row[v] > -np.inf])
+    return best
 
 
-def best_items(params, last, n):
-    """-> items, scores, probabilities of the n best items that are not in the history."""
-    history, _, hidden = last
-    scores = lrurec.to_host(lrurec.score(params, hidden))[None]
-    leave_out(scores, [history or [0]])
-    exps = np.exp(scores[0] - scores[0, 1:].max(initial=-1e30))
-    (items,), (scores,) = top_items(scores, n)
-    left = np.isfinite(scores)
-    return items[left], scores[left], exps[items[left]] / exps.sum()
-
-
+@functools.cache
 def folded(title):
     """A title as it is searched: "Lion King, The (1994)" is "the lion king (1994)"."""
     return re.sub(r"^(.*), (the|an?|l[ae]s?|der|die|das|il|el)(?= \(|$)", r"\2 \1", title.lower())
@@ -586,19 +537,16 @@ def find_item(text, item_ids, titles):
     text = text.strip()
     if text and text in item_ids:
         return item_ids.index(text)
-    wanted, names = folded(text), [folded(title) for title in titles]
-    found = [v for v, name in enumerate(names) if v and name == wanted]
+    wanted, names = folded(text), {v: folded(title) for v, title in enumerate(titles) if title}
+    found = [v for v, name in names.items() if name == wanted]
     if not found and text:
-        found = [v for v, name in enumerate(names) if v and wanted in name]
-    if len(found) == 1:
-        return found[0]
-    problem = f"{text!r} matches {len(found)} items, give more of the title, or the id"
+        found = [v for v, name in names.items() if wanted in name]
     if not found:
-        near = difflib.get_close_matches(wanted, names[1:], 5, 0.5)
-        found = [names.index(name, 1) for name in near]
-        problem = f"no item {text!r}: give a title or id of the model; nearest"
-    listed = "; ".join(f"{titles[v]} [{item_ids[v]}]" for v in found[:8])
-    raise DataError(f"{problem}: {listed}")
+        raise DataError(f"no item {text!r}: give a title, a part of one, or an id")
+    if len(found) > 1:
+        listed = "; ".join(f"{titles[v]} [{item_ids[v]}]" for v in found[:8])
+        raise DataError(f"{text!r} matches {len(found)} items: {listed}: give more, or the id")
+    return found[0]
 
 
 def recommend_command(args):
@@ -607,87 +555,18 @@ def recommend_command(args):
     if args.user is not None or args.all_users:
         recommend_for_users(params, model, args)
     elif args.items or args.new_user:
-        history = [find_item(text, item_ids, titles) for text in args.items]
-        print_best(params, visit(params, history), titles, args.top)
+        history = [find_item(text, item_ids, titles) for text in args.items] or [0]
+        print_best(best_items(model_scorer(params)([history]), [history], args.top)[0], titles)
     elif sys.stdin.isatty():
         session(params, item_ids, titles, args.top)
     else:
         answer_lines(params, item_ids, titles, args.top)
 
 
-def print_best(params, last, titles, top):
-    items, scores, probabilities = best_items(params, last, top)
-    width = max([len(titles[v]) for v in items], default=0)
-    print(f"    {f'after {len(last[0])} event(s)':<{width}}    score  probability")
-    for place, (v, s, p) in enumerate(zip(items, scores, probabilities), 1):
-        print(f"{place:2}  {titles[v]:<{width}} {s:8.3f}     {p:8.4f}")
-
-
-def print_why(params, last, titles):
-    """How the best item's score changes without each of the past events."""
-    history, (best, _, _) = last[0], best_items(params, last, 1)
-    if not history or not len(best):
-        print("nothing to explain: no events yet, or no item left")
-        return
-    left_out = [history[:n] + history[n + 1:] or [0] for n in range(len(history))]
-    scores = model_scorer(params)([history, *left_out])[:, best[0]]
-    print(f"{titles[best[0]]}: without one of the events its score changes by")
-    for item, score in zip(history, scores[1:]):
-        print(f"  {score - scores[0]:+8.3f}  {titles[item]}")
-
-
-def answer_lines(params, item_ids, titles, top):
-    """From a pipe: an item a line, answered by a line; an empty one begins a new history."""
-    last = visit(params, [])
-    for n, line in enumerate(sys.stdin, 1):
-        if line.isspace():
-            last = visit(params, [])
-            continue
-        try:
-            last = one_more(params, last, find_item(line, item_ids, titles))
-        except DataError as error:
-            raise DataError(f"standard input, line {n}: {error}") from None
-        print("\t".join(titles[v] for v in best_items(params, last, top)[0]), flush=True)
-
-
-def session(params, item_ids, titles, top):
-    """Read titles and commands from the terminal until quit, end of input or Ctrl-C."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401: input() then edits lines and remembers them
-    visits = [visit(params, [])]
-    print(HELP)
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        command = text.lower()
-        if command in ("undo", "reset", "why", "help", "quit", "exit"):
-            for v in [v for v, title in enumerate(titles) if title.lower() == command]:
-                print(f"{text} is taken as the command; for the item type its id, {item_ids[v]}")
-        if command in ("quit", "exit"):
-            return
-        if command in ("help", ""):
-            print(HELP)
-        elif command == "why":
-            print_why(params, visits[-1], titles)
-        elif command == "undo" and len(visits) == 1:
-            print("nothing to undo")
-        elif command in ("undo", "reset"):
-            visits = visits[:-1] if command == "undo" else visits[:1]
-            print_best(params, visits[-1], titles, top)
-        else:
-            try:
-                item = find_item(text, item_ids, titles)
-                begin = time.perf_counter()
-                visits.append(one_more(params, visits[-1], item))
-                best_items(params, visits[-1], top)
-                spent = time.perf_counter() - begin
-                print_best(params, visits[-1], titles, top)
-                print(f"added {titles[item]}; top {top} updated in {spent * 1e6:.0f} µs")
-            except DataError as error:
-                print(error)
+def print_best(best, titles):
+    width = max([len(titles[v]) for v, _ in best], default=0)
+    for rank, (v, score) in enumerate(best, 1):
+        print(f"{rank:2}  {titles[v]:<{width}} {score:8.3f}")
 
 
 def recommend_for_users(params, model, args):
@@ -695,28 +574,96 @@ def recommend_for_users(params, model, args):
     config = model["config"]
     data = load_data({**config, "data": args.data or config["data"]})
     known_item = {raw: v for v, raw in enumerate(model["item_ids"])}
-    items = np.array([known_item.get(printable(raw), 0) for raw in data.item_ids])
+    items = np.array([known_item.get(raw, 0) for raw in data.item_ids])
     users, histories = data.user_ids, []
     for events in reader.full_histories(data, config["max_len"]):
-        known = items[events][items[events] > 0]   # what other data hold besides is left out
+        known = items[events][items[events] > 0]   # without items that the model does not know
         histories.append(known if len(known) else np.array([0]))
     if args.user is not None:
         if args.user not in users:
             raise DataError(f"no user {args.user!r} in {data.name} (users with fewer than "
-                            f"{config['min_count']} events are left out): give an id of the data")
+                            f"{config['min_count']} events are left out)")
         histories, users = [histories[users.index(args.user)]], [args.user]
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer, scorer = csv.writer(sys.stdout, lineterminator="\n"), model_scorer(params)
     writer.writerow(["user", "rank", "item", "title", "score"])
-    for group in groups(histories, len(model["item_ids"]) - 1):
-        scores = model_scorer(params)(histories[group])
-        leave_out(scores, histories[group])
-        for user, best, values in zip(users[group], *top_items(scores, args.top)):
-            for rank, (v, value) in enumerate(zip(best, values), 1):
-                if np.isfinite(value):             # else no item was left
-                    writer.writerow([printable(user), rank, model["item_ids"][v],
-                                     model["titles"][v], f"{value:.4f}"])
-        progress(f"user {group.stop:,} of {len(users):,}")
+    for first in range(0, len(users), GROUP):
+        seen = histories[first:first + GROUP]
+        for user, best in zip(users[first:], best_items(scorer(seen), seen, args.top)):
+            for rank, (v, score) in enumerate(best, 1):
+                item, title = model["item_ids"][v], model["titles"][v]
+                writer.writerow([user, rank, item, title, f"{score:.4f}"])
+        progress(f"user {first + len(seen):,} of {len(users):,}")
     progress("")
+
+
+def new_visit(params):
+    """A visit: a history, the state (K, 1, H) after it, the scores (1, V+1) of what comes next."""
+    return [], lrurec.init_state(params), model_scorer(params)([[0]])
+
+
+def one_more(params, visit, item):
+    """visit after one more event, by one step: its cost does not depend on the history."""
+    history, state, _ = visit
+    hidden, state = lrurec.step(params, state, np.array([item]))
+    return [*history, item], state, lrurec.to_host(lrurec.score(params, hidden))
+
+
+def answer_lines(params, item_ids, titles, top):
+    """From a pipe: an item a line, answered by a line; an empty one begins a new history."""
+    visit = new_visit(params)
+    for n, line in enumerate(sys.stdin, 1):
+        if line.isspace():
+            visit = new_visit(params)
+            continue
+        try:
+            item = find_item(line, item_ids, titles)
+        except DataError as error:
+            raise DataError(f"standard input, line {n}: {error}") from None
+        visit = history, _, scores = one_more(params, visit, item)
+        print("\t".join(titles[v] for v, _ in best_items(scores, [history], top)[0]), flush=True)
+
+
+HELP = "type a title, a part of one, or an id; or: undo, reset, help, quit"
+
+
+def session(params, item_ids, titles, top):
+    """Read titles and commands from the terminal until quit, end of input or Ctrl-C."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401: input() then edits lines and remembers them
+    visits = [new_visit(params)]
+    print(HELP)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command = text.lower()
+        if command in ("undo", "reset", "help", "quit", "exit"):
+            for v in [v for v, title in enumerate(titles) if title.lower() == command]:
+                print(f"{text} is taken as the command; for the item type its id, {item_ids[v]}")
+        if command in ("quit", "exit"):
+            return
+        if command in ("help", ""):
+            print(HELP)
+            continue
+        if command not in ("undo", "reset"):
+            try:
+                item = find_item(text, item_ids, titles)
+            except DataError as error:
+                print(error)
+                continue
+        begin = time.perf_counter()
+        if command == "undo":
+            visits = [visits[0], *visits[1:-1]]    # the empty one stays
+        elif command == "reset":
+            visits = visits[:1]
+        else:
+            visits.append(one_more(params, visits[-1], item))
+        history, _, scores = visits[-1]
+        best, = best_items(scores, [history or [0]], top)
+        spent = time.perf_counter() - begin
+        print_best(best, titles)
+        print(f"{len(history)} event(s); top {top} updated in {spent * 1e6:.0f} µs")
 
 
 # ---- inspect
@@ -775,42 +722,34 @@ def products(params, n):
 
 def bench_training(config, rng):
     """A training step beside its matrix products; events a second for more and more items."""
-    def seconds(repeat):
-        return timed(lambda: train_step(pool, params, opt, batch, config, config["lr"]), repeat)
+    def milliseconds(batch, n_items, repeat):
+        params = lrurec.init_params(n_items, rng=rng)
+        opt, parts = lrurec.adamw_init(params), shards(*batch)
+        with ThreadPoolExecutor(config["threads"]) as pool:
+            step = timed(lambda: train_step(pool, params, opt, batch, config, 1e-3), repeat)
+            floor = timed(lambda: list(pool.map(lambda part: products(params, len(part[0])),
+                                                parts)), repeat)
+        return step * 1e3, floor * 1e3
 
     data = load_data(config)
-    params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
-    opt, times = lrurec.adamw_init(params), []
-    with ThreadPoolExecutor(config["threads"]) as pool:
-        for batch in reader.batches(reader.training_rows(data, 200), 128, rng):
-            sizes = [len(items) for items, _, _ in shards(*batch)]
-            floor = timed(lambda: list(pool.map(lambda n: products(params, n), sizes)))
-            times.append((seconds(5), floor))
-        ms, floor_ms = np.median(times, 0) * 1e3
-        print(f"training step, {data.name}, batches of 128 windows of 200, dropout 0.2: {ms:.1f} "
-              f"ms; its matrix products alone {floor_ms:.1f} ms; ratio {ms / floor_ms:.2f}\n\n"
-              "events a second in training, histories of 20, 200 and 2,000 events")
-        for n_items in (1349, 10000, 100000):
-            params, speeds = lrurec.init_params(n_items, rng=rng), []
-            opt, items = lrurec.adamw_init(params), rng.integers(1, n_items + 1, 8000)
-            for length in (20, 200, 2000):
-                batch = items, np.roll(items, -1), np.arange(8000) % length == 0
-                speeds.append(8000 / seconds(3))
-            print(f"  {n_items:7,} items" + "".join(f"{speed:10,.0f}" for speed in speeds))
+    step, floor = np.median([milliseconds(batch, len(data.item_ids) - 1, 5) for batch in
+                             reader.batches(reader.training_rows(data, 200), 128, rng)], 0)
+    print(f"training step, {data.name}, batches of 128 windows of 200, dropout 0.2: {step:.1f} "
+          f"ms; its matrix products alone {floor:.1f} ms; ratio {step / floor:.2f}\n\n"
+          "events a second in training, histories of 20, 200 and 2,000 events")
+    for n_items in (1349, 10000, 100000):
+        items, speeds = rng.integers(1, n_items + 1, 8000), []
+        for length in (20, 200, 2000):
+            batch = items, np.roll(items, -1), np.arange(8000) % length == 0
+            speeds.append(8e6 / milliseconds(batch, n_items, 3)[0])
+        print(f"  {n_items:7,} items" + "".join(f"{speed:10,.0f}" for speed in speeds))
 
 
 def bench_inference(rng):
+    """One event more by one step, beside the whole history encoded anew."""
     def top(hidden):
-        return top_items(lrurec.to_host(lrurec.score(params, hidden)), 10)
+        return best_items(lrurec.to_host(lrurec.score(params, hidden)), [[1]], 10)
 
-    print("\nms for a scan     loop  recursive      scan")
-    lam = (0.9 * np.exp(1j * np.linspace(0.3, 6, 128))).astype(np.complex64)
-    for users, length in ((1, 100), (1, 1000), (1, 10000), (128, 100)):
-        u = rng.normal(size=(users * length, 256)).astype(np.float32).view(lam.dtype)
-        inputs = [lrurec.xp.asarray(a) for a in (lam, u, np.arange(len(u)) % length == 0)]
-        scans = lrurec.scan_loop, lrurec.scan_recursive, lrurec.scan
-        ms = [timed(lambda: scan(*inputs)) * 1e3 for scan in scans]
-        print(f"  {users:3} x {length:6} {ms[0]:9.3f}{ms[1]:11.3f}{ms[2]:10.3f}")
     params = lrurec.init_params(1349, rng=rng)
     print("\nµs for an event and the new top 10     by step  by encoding anew")
     for length in (10, 100, 1000, 10000):
@@ -822,8 +761,8 @@ def bench_inference(rng):
 
 
 def bench_command(args):
-    config = {**DEFAULTS, "data": args.data, "threads": args.threads, "dropout": 0.2, "lr": 1e-3}
     print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {args.threads} threads, {args.device}")
+    config = {**DEFAULTS, "data": args.data, "threads": args.threads, "dropout": 0.2}
     bench_training(config, np.random.default_rng(0))
     bench_inference(np.random.default_rng(0))
     with contextlib.suppress(ImportError):         # not on Windows
@@ -841,8 +780,7 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):            # without "(default: None)"
-        nothing = action.default is None or action.default is False
-        return action.help if nothing else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def number(kind, low, high=2 ** 31 - 1):
@@ -865,7 +803,6 @@ def source(text):
     return text if text in reader.NAMES else os.path.abspath(text)
 
 
-@functools.cache                   # building it takes milliseconds
 def make_parser():
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -881,89 +818,76 @@ def make_parser():
     comparison = command("compare", compare_command, "print the metrics of runs, and their mean")
     recommending = command("recommend", recommend_command, "recommend for a history or for users")
     inspection = command("inspect", inspect_command, "print eigenvalues, half-lives and sizes")
-    benchmark = command("bench", bench_command, "time training, the scans and single events")
-    benchmark.epilog = ("To profile training: "
-                        "python -m cProfile -s tottime train.py --threads 1 --epochs 1")
-    add_training_flags(training)
+    benchmark = command("bench", bench_command, "time training steps and single events")
+    benchmark.epilog = "Profile: python -m cProfile -s tottime train.py --threads 1 --epochs 1"
+    add_training_flags(training.add_argument)
     comparison.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     for p in (evaluation, recommending, inspection):
         p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
-    recommending.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest "
-                              "first; without one a session, or lines from a pipe")
-    recommending.add_argument("--top", type=number(int, 1), default=10, metavar="N",
+    recommending.add_argument("--top", type=number(int, 1), default=10,
                               help="number of recommendations")
     whom = recommending.add_mutually_exclusive_group()
+    whom.add_argument("items", nargs="*", default=[], metavar="TITLE-OR-ID", help="the history, "
+                      "oldest first; without one a session, or lines from a pipe")
     whom.add_argument("--new-user", action="store_true", help="for a user without a history")
     whom.add_argument("--user", metavar="ID", help="for this user of the data, as CSV")
     whom.add_argument("--all-users", action="store_true", help="for all users of the data, as CSV")
     for p in (evaluation, recommending):
-        p.add_argument("--data", type=source, metavar="FILE", help="as in train (default: the data "
-                       "that the model was trained on)")
+        p.add_argument("--data", type=source, help="as in train (default: the model's own data)")
     benchmark.add_argument("--data", type=source, default="ml-100k", help="as in train")
     for p in (training, evaluation, recommending, benchmark):
         p.add_argument("--threads", type=number(int, 1, 1024), default=os.cpu_count() or 1,
-                       metavar="N", help="any number gives the same results")
+                       help="any number gives the same results")
         p.add_argument("--device", choices=("cpu", "gpu"), default="cpu",
                        help="gpu: an NVIDIA GPU through CuPy")
     return parser
 
 
-def add_training_flags(p):
-    add, count, rate = p.add_argument, number(int, 1), number(float, 0, 1000)
-    add("--data", type=source, default="ml-100k", metavar="FILE",
-        help="a file of interactions, or ml-100k, or ml-1m")
+def add_training_flags(add):
+    count, rate = number(int, 1), number(float, 0, 1000)
+    add("--data", type=source, default="ml-100k", help="a file of interactions, ml-100k or ml-1m")
     add("--out", metavar="DIR", help="new folder of the run (default: runs/NAME, runs/NAME-2, ...)")
     add("--resume", action="store_true", help="continue the run in --out, or the last in runs/")
-    add("--epochs", type=count, default=50, metavar="N", help="maximum number of epochs")
-    add("--patience", type=count, default=15, metavar="N",
-        help="stop after N epochs without a better validation Recall@10")
-    add("--seed", type=number(int, 0), default=42, metavar="N", help="random seed")
-    add("--batch-size", type=count, metavar="N",
-        help=f"windows in a batch (default: as many as hold {BATCH_EVENTS:,} events)")
-    add("--max-len", type=length_or_none, default=200, metavar="N",
-        help="events in a window and in an evaluated history, or none for all")
-    add("--dropout", type=number(float, 0, 0.99), default=0.5, metavar="X", help="dropout rate")
-    add("--lr", type=rate, default=2e-3, metavar="X", help="learning rate of AdamW")
+    add("--epochs", type=count, default=50, help="maximum number of epochs")
+    add("--patience", type=count, default=15, help="epochs without a better validation Recall@10")
+    add("--seed", type=number(int, 0), default=42, help="random seed")
+    add("--batch-size", type=count, help=f"windows (default: about {BATCH_EVENTS} events)")
+    add("--max-len", type=length_or_none, default=200, help="events of a history, or none for all")
+    add("--dropout", type=number(float, 0, 0.99), default=0.5, help="dropout rate")
+    add("--lr", type=rate, default=2e-3, help="learning rate of AdamW")
     add("--schedule", choices=("constant", "cosine"), default="constant",
         help="of the learning rate; cosine falls to 0 over --epochs")
-    add("--weight-decay", type=rate, default=0.01, metavar="X", help="weight decay of AdamW")
-    add("--average", type=number(float, 0, 0.999999), default=0.0, metavar="X",
-        help="decay of the running mean of the weights, which is the model; 0: no mean")
-    add("--d-model", type=number(int, 1, 2 ** 16), default=64, metavar="N", help="model width")
-    add("--n-blocks", type=number(int, 1, 1000), default=2, metavar="N", help="number of blocks")
-    add("--max-phase", type=number(float, 1e-9, 1), default=0.01, metavar="X",
+    add("--weight-decay", type=rate, default=0.01, help="weight decay of AdamW")
+    add("--average", type=number(float, 0, 0.999999), default=0.0,
+        help="decay of a running mean of the weights, which is then the model (default: 0, none)")
+    add("--d-model", type=number(int, 1, 2 ** 16), default=64, help="model width")
+    add("--n-blocks", type=number(int, 1, 1000), default=2, help="number of blocks")
+    add("--max-phase", type=number(float, 1e-9, 1), default=0.01,
         help="part of the circle where the eigenvalues start; 1: all of it")
-    add("--min-count", type=number(int, 0), default=5, metavar="N",
+    add("--min-count", type=number(int, 0), default=5,
         help="drop items, then users, with fewer events; 0 keeps all")
     add("--ties", choices=("item", "file", "random"), default="item",
         help="order of events of equal time: by item id, as in the file, or random")
     add("--columns", metavar="USER,ITEM[,TIME]", help="names in the header, or numbers from 1")
-    add("--titles", type=source, metavar="FILE", help="item ids and titles")
+    add("--titles", type=source, help="a file of item ids and titles")
 
 
 def parse_arguments(argv):
     """-> args; args.config: the flags that train saves with a run. Raises DataError."""
-    parser = make_parser()
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
-    args, rest = parser.parse_known_args(argv)
-    if args.command == "recommend":                # argparse leaves over what follows a flag
-        if not any(word.startswith("-") for word in rest):
-            args.items, rest = args.items + rest, []
-        if args.items and (args.new_user or args.all_users or args.user is not None):
-            parser.error("TITLE-OR-ID: not allowed with --new-user, --user or --all-users")
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.config = {name: value for name, value in vars(args).items()
-                   if name not in ("command", "run", "out", "resume")}
+    args = PARSER.parse_args(argv)
     args.argv = argv[1:]
+    args.config = {name: value for name, value in vars(args).items()
+                   if name not in ("command", "run", "out", "resume", "device", "argv")}
     return args
 
 
+PARSER = make_parser()
 DEFAULTS = parse_arguments(["train"]).config
 
 # Have glibc keep what a step frees for the next one: otherwise it goes back to the system and is
-# fetched again page by page, at 20 % of the time. Elsewhere this does nothing.
+# fetched again page by page, which takes 20 % of the time. Elsewhere this does nothing.
 with contextlib.suppress(AttributeError, OSError, TypeError):
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
@@ -989,14 +913,15 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2 if args.command == "train" else 0                # head, say, has seen enough
     except (DataError, RuntimeError) as error:     # the latter: no GPU
         message = str(error)
     except MemoryError:
         message = "out of memory: lower --d-model, --n-blocks, --batch-size, --max-len or --threads"
     except OSError as error:
+        if error.filename is None:                 # Python would try to print the rest at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):     # a pipe into head, say
+            return 2 if args.command == "train" else 0
         message = (f"{error.filename or 'output'}: {error.strerror or error}: check the path, its "
                    "permissions and the free disk space")
     progress("")
