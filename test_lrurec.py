@@ -1960,6 +1960,14 @@ def test_numpy_imported_first_with_many_threads_is_one_warning(imports, threads,
     assert done.stderr.count("UserWarning: NumPy was imported before train.py") == n_warnings
 
 
+@unix
+def test_a_closed_pipe_ends_the_other_commands_without_a_word(model):
+    program = python("train.py", "recommend", model, "--all-users")
+    with subprocess.Popen(**program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(10) == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # Recommending
 
@@ -2085,7 +2093,12 @@ def test_compare(model, tmp_path, refused, capsys):
                           ("{}", "no metrics"), ("[]", "no metrics"), ("7", "no metrics")):
         write(tmp_path / "metrics.json", text)
         assert message in refused("compare", *runs)
-    assert "nowhere/metrics.json holds" in refused("compare", tmp_path / "nowhere")
+    assert "metrics.json holds no metrics" in refused("compare", tmp_path / "nowhere")
+    for seed in ("1", "2"):                        # with random ties each seed draws its own data
+        os.mkdir(tmp_path / seed)
+        drawn = {"config": {"ties": "random"}, "data": {"digest": seed, "events": 9}}
+        write(tmp_path / seed / "metrics.json", json.dumps({**report, **drawn}))
+    assert run("compare", tmp_path / "1", tmp_path / "2") == 0
 
 
 def test_inspect(model, capsys):

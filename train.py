@@ -324,7 +324,7 @@ def read_run(folder):
     """What write_run wrote into last.npz -> run, digest of its data. Raises DataError."""
     path = os.path.join(folder, "last.npz")
     if not os.path.exists(path):
-        raise DataError(f"{folder} has no epoch saved yet: delete it and start without --resume")
+        raise DataError(f"{folder} has no epoch saved yet: start in a new folder, without --resume")
     with reading(path, "no run to resume: start a new one"):
         arrays, extra = lrurec.load(path)
         run = {name: extra[name] for name in ("epoch", "history")}
@@ -498,7 +498,8 @@ def compare_command(args):
                 report = json.load(file)
             for split, table in tables.items():
                 table[printable(run)] = {name: float(report[split][name]) for name in SHOWN}
-            digests[report["data"]["digest"]] = run
+            drawn = report["config"]["ties"] == "random"          # each seed's data has its digest
+            digests[report["data"]["events" if drawn else "digest"]] = run
     if len(digests) > 1:
         raise DataError(f"{' and '.join(digests.values())} are runs of different data")
     for split, table in tables.items():
