@@ -205,7 +205,7 @@ def describe(names, header, where):
     else:
         numbers = ", ".join(str(k + 1) for k in where)
         text = f"no header: columns {numbers} are {', '.join(roles)}"
-        unused = "; ratings unused"
+        unused = "; other columns (ratings, say) unused"
     return text + unused if others else text
 
 

@@ -1470,7 +1470,8 @@ def test_the_layout_says_by_name_what_was_read_and_what_is_unused(tmp_path, capf
             ("user_id,iid,date,ts\n1,2,3,4\n", "user from user_id, item from iid, time from ts; "
                                                "other columns (date) unused"),
             ("1,2\n", "no header: columns 1, 2 are user, item"),
-            ("1,2,5,3\n", "no header: columns 1, 2, 4 are user, item, time; ratings unused")]:
+            ("1,2,5,3\n", "no header: columns 1, 2, 4 are user, item, time; other columns "
+                          "(ratings, say) unused")]:
         assert reader.load_dataset(write(tmp_path / "f", content), 0).layout == layout
     assert capfd.readouterr() == ("", "")
     path = write(tmp_path / "f", "user,item,wh\x1ben\n1,2,3\n")
