@@ -830,6 +830,7 @@ import re  # noqa: E402
 import shlex  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
+import threading  # noqa: E402
 import tracemalloc  # noqa: E402
 import zipfile  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -2268,11 +2269,11 @@ class DeviceArray(np.ndarray):
     __float__ = __index__ = None                   # say .get() where one is wanted
 
     def __array_function__(self, function, types, args, options):
-        assert StandIn.calls, f"NumPy's {function.__name__} was given a device array"
+        assert threading.get_ident() in StandIn.calls, f"{function} was given a device array"
         return super().__array_function__(function, types, args, options)
 
     def __array_wrap__(self, result, context=None, _=False):
-        if context and not StandIn.calls:
+        if context and threading.get_ident() not in StandIn.calls:
             function, arguments, _ = context
             assert function.__name__ in self.operators, f"{function} was given a device array"
             assert np.ndarray not in map(type, arguments), f"{function} mixes host and device"
@@ -2291,15 +2292,17 @@ class DeviceArray(np.ndarray):
 
 class StandIn:
     """As much of CuPy as we use; the two kernels are done here by the definition."""
-    inf, ndarray, add, calls = np.inf, DeviceArray, np.add, False
+    inf, ndarray, add = np.inf, DeviceArray, np.add
+    calls = set()                                  # threads that are within a function of it
 
     def __getattr__(self, name):
         def call(*args, **options):
             assert np.ndarray not in map(type, args), f"{name} was given an array of the host"
-            StandIn.calls = True
-            result = getattr(np, name)(*args, **options)
-            StandIn.calls = False
-            return self.asarray(result)
+            StandIn.calls.add(threading.get_ident())
+            try:
+                return self.asarray(getattr(np, name)(*args, **options))
+            finally:
+                StandIn.calls.discard(threading.get_ident())
         return call
 
     def asarray(self, x, dtype=None):
