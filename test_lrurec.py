@@ -756,9 +756,7 @@ def compare_with_pytorch():
     torch.set_num_threads(config["threads"])
 
     def numpy_step(batch):
-        _, grads = train.gradients(pool, params, batch, config, opt["step"])
-        lrurec.clip_gradients(grads, 5.0)
-        lrurec.adamw_update(params, grads, opt, 1e-3, 0.01)
+        train.train_step(pool, params, opt, batch, config, 1e-3)
 
     def torch_step(batch):
         optimizer.zero_grad()

@@ -412,10 +412,10 @@ def new_folder(args):
 
 def train_command(args):
     """Train in a new folder, or go on in that of the run to resume."""
-    runs = glob.glob(os.path.join("runs", "*", "last.npz"))
-    if args.resume and not args.out and not runs:
-        raise DataError("no run in runs/ to resume: give the folder of one with --out")
     if args.resume:
+        runs = glob.glob(os.path.join("runs", "*", "last.npz"))
+        if not args.out and not runs:
+            raise DataError("no run in runs/ to resume: give the folder of one with --out")
         folder = args.out or os.path.dirname(max(runs, key=os.path.getmtime))
     else:
         folder = new_folder(args)
@@ -723,27 +723,30 @@ def products(params, n):
 
 def bench_training(config, rng):
     """A training step beside its matrix products; events a second for more and more items."""
-    def milliseconds(batch, n_items, repeat):
-        params = lrurec.init_params(n_items, rng=rng)
-        opt, parts = lrurec.adamw_init(params), shards(*batch)
-        with ThreadPoolExecutor(config["threads"]) as pool:
-            step = timed(lambda: train_step(pool, params, opt, batch, config, 1e-3), repeat)
-            floor = timed(lambda: list(pool.map(lambda part: products(params, len(part[0])),
-                                                parts)), repeat)
-        return step * 1e3, floor * 1e3
+    def step_ms(params, batch, repeat):
+        opt = lrurec.adamw_init(params)
+        return timed(lambda: train_step(pool, params, opt, batch, config, 1e-3), repeat) * 1e3
+
+    def products_ms(params, batch):
+        sizes = [len(items) for items, _, _ in shards(*batch)]
+        return timed(lambda: list(pool.map(lambda n: products(params, n), sizes))) * 1e3
 
     data = load_data(config)
-    step, floor = np.median([milliseconds(batch, len(data.item_ids) - 1, 5) for batch in
-                             reader.batches(reader.training_rows(data, 200), 128, rng)], 0)
-    print(f"training step, {data.name}, batches of 128 windows of 200, dropout 0.2: {step:.1f} "
-          f"ms; its matrix products alone {floor:.1f} ms; ratio {step / floor:.2f}\n\n"
-          "events a second in training, histories of 20, 200 and 2,000 events")
-    for n_items in (1349, 10000, 100000):
-        items, speeds = rng.integers(1, n_items + 1, 8000), []
-        for length in (20, 200, 2000):
-            batch = items, np.roll(items, -1), np.arange(8000) % length == 0
-            speeds.append(8e6 / milliseconds(batch, n_items, 3)[0])
-        print(f"  {n_items:7,} items" + "".join(f"{speed:10,.0f}" for speed in speeds))
+    params, times = lrurec.init_params(len(data.item_ids) - 1, rng=rng), []
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        for batch in reader.batches(reader.training_rows(data, 200), 128, rng):
+            times.append((step_ms(params, batch, 5), products_ms(params, batch)))
+        step, floor = np.median(times, 0)
+        print(f"training step, {data.name}, batches of 128 windows of 200, dropout 0.2: {step:.1f} "
+              f"ms; its matrix products alone {floor:.1f} ms; ratio {step / floor:.2f}\n\n"
+              "events a second in training, histories of 20, 200 and 2,000 events")
+        for n_items in (1349, 10000, 100000):
+            params, speeds = lrurec.init_params(n_items, rng=rng), []
+            items = rng.integers(1, n_items + 1, 8000)
+            for length in (20, 200, 2000):
+                batch = items, np.roll(items, -1), np.arange(8000) % length == 0
+                speeds.append(8e6 / step_ms(params, batch, 3))
+            print(f"  {n_items:7,} items" + "".join(f"{speed:10,.0f}" for speed in speeds))
 
 
 def bench_inference(rng):
