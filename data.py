@@ -6,9 +6,8 @@
                     -> training_rows, batches    -> items, targets, starts for the model
                     -> histories                 -> histories and true items for the evaluation
 
-The protocol is that of the official LRURec code for MovieLens; where we leave it, the function
-says so. It begins at "From events to sequences", and a first reading may begin there too. What is
-wrong with an input is found above that, once: DataError names file, line, value and remedy.
+A first reading may begin at "From events to sequences": the protocol is that of the official LRURec
+code for MovieLens, but for what a docstring says. DataError names file, line, value and remedy.
 """
 import csv
 import gzip
@@ -234,8 +233,7 @@ def microseconds(text):
 def read_file(path, columns=None):
     """Events of a delimited text file, gzip or not. Raises DataError.
 
-    columns: texts, [USER, ITEM] or [USER, ITEM, TIME], all names in the header or all numbers from
-    1; None: they are found by their usual names, or by position.
+    columns: [USER, ITEM] or [USER, ITEM, TIME], names in the header or numbers from 1, as texts.
     """
     rows = read_rows(path)
     line, first = next(rows)
@@ -487,10 +485,12 @@ def histories(data, split, max_len=None):
     """(histories, truth) of all users with 3 events or more; split "validation" or "test".
 
     histories: a list of arrays, each user's last max_len events before the true one (at test,
-    the validation event is one of them); truth (users,).
+    the validation event is one of them); truth (users,). Raises DataError for no such user.
     """
     held_out = {"validation": 2, "test": 1}[split]
     users = np.flatnonzero(np.diff(data.offsets) >= 3)
+    if not len(users):
+        raise DataError(f"{data.name}: no user has 3 events: there is nobody to evaluate on")
     ends = data.offsets[users + 1] - held_out
     return last_events(data, data.offsets[users], ends, max_len), data.items[ends]
 

@@ -1823,16 +1823,6 @@ def test_a_run_that_ends_amid_an_epoch_keeps_those_before(
         assert report["seconds"] == first["seconds"] + report["history"][1]["seconds"]
 
 
-def test_without_anybody_to_validate_on_the_last_epoch_is_kept(tmp_path, capsys):
-    file = write(tmp_path / "f", "".join(f"{u},{i}\n" for u in range(9) for i in (u % 3, 5)))
-    flags = ["--data", file, "--out", tmp_path / "r", "--min-count", 0]
-    assert run(*flags, "--epochs", 3, "--patience", 1) == 0
-    report, out = report_in(tmp_path / "r"), capsys.readouterr().out
-    assert report["epoch"] == 3 and report["validation"] is report["test"] is None
-    assert report["history"][2]["Recall@10"] is report["history"][2]["NDCG@10"] is None
-    assert out.count("no user to validate on *") == 3 and out.count("no user to evaluate") == 3
-
-
 def test_from_python(tmp_path):
     for users, events, size in ((5, 3, 1400), (7, 3002, 1), (40, 12, 140)):
         data = dataset(np.arange(users * events) % 7 + 1, range(0, users * events + 1, events), 7)
@@ -1847,6 +1837,8 @@ def test_from_python(tmp_path):
                             ({"epochs": 2.5}, "--epochs: must be an integer from 1 .*2.5")):
         with pytest.raises(reader.DataError, match=message):
             train.fit(data, config, tmp_path / "no")
+    with pytest.raises(reader.DataError, match="toy: no user has 3 events"):
+        train.fit(dataset(range(1, 9), range(0, 9, 2), 9), {}, tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 

@@ -104,10 +104,8 @@ def metrics(rank):
 @ctrl_c_waits()
 def evaluate(scorer, data, split, max_len=None, threads=1):
     """Metrics of scorer, from a list of histories to scores (users, V+1), on split, "validation" or
-    "test". None where no user has enough events."""
+    "test". Raises DataError where no user has enough events."""
     seen, truth = reader.histories(data, split, max_len)
-    if not len(truth):
-        return None
 
     def group_ranks(first):
         users = slice(first, first + GROUP)
@@ -161,10 +159,11 @@ def fit(data, config, folder, run=None):
 
     config names what differs from DEFAULTS. run: what read_run returned, to continue from there.
     After every epoch folder holds model.npz (the best epoch) and last.npz (all that continuing
-    needs). Raises DataError for a wrong config and for a loss that is not finite.
+    needs). Raises DataError for a wrong config, nobody to validate on and a loss that is not finite.
     """
     config = full_config(config)
     rows = reader.training_rows(data, config["max_len"])
+    reader.histories(data, "validation")           # DataError now, not after the first epoch
     if config["batch_size"] is None:
         n_windows = len(rows.windows) - 1
         config["batch_size"] = max(1, round(BATCH_EVENTS * n_windows / len(rows.items)))
@@ -191,11 +190,9 @@ def fit(data, config, folder, run=None):
 
 
 def best_epoch(run):
-    """The first epoch of the best validation; the last one where there is nobody to validate on."""
+    """The first epoch of the best validation; 0 before the first epoch."""
     recalls = [epoch[BEST] for epoch in run["history"]]
-    if not recalls or None in recalls:
-        return len(recalls)
-    return recalls.index(max(recalls)) + 1
+    return recalls.index(max(recalls)) + 1 if recalls else 0
 
 
 def train_epoch(pool, rows, run):
@@ -276,13 +273,12 @@ def shards(items, targets, starts):
 
 def end_epoch(run, loss, validation, seconds):
     """Enter an epoch into run -> the line that says how it went."""
-    found = validation or {BEST: None, "NDCG@10": None}
     run["epoch"] += 1
-    run["history"].append({"epoch": run["epoch"], "loss": loss, BEST: found[BEST],
-                           "NDCG@10": found["NDCG@10"], "seconds": seconds})
-    result = f"validation {BEST} {found[BEST]:.4f}" if validation else "no user to validate on"
+    run["history"].append({"epoch": run["epoch"], "loss": loss, BEST: validation[BEST],
+                           "NDCG@10": validation["NDCG@10"], "seconds": seconds})
     mark = "*" if best_epoch(run) == run["epoch"] else " "
-    return f"epoch {run['epoch']:3d}  loss {loss:.4f}  {result} {mark}  {seconds:.1f} s"
+    return (f"epoch {run['epoch']:3d}  loss {loss:.4f}  validation {BEST} {validation[BEST]:.4f} "
+            f"{mark}  {seconds:.1f} s")
 
 
 def finite(params):
@@ -385,14 +381,11 @@ def load_data(config, titles=None, digest=None):
 
 
 def print_table(results):
-    """results: name -> metrics or None."""
+    """results: name -> metrics."""
     width = max(map(len, results))
     print(" " * width + "".join(f"{metric:>11}" for metric in SHOWN))
     for name, table in results.items():
-        cells = "   no user to evaluate"
-        if table:
-            cells = "".join(f"{table[metric]:11.4f}" for metric in SHOWN)
-        print(f"{name:<{width}}{cells}")
+        print(f"{name:<{width}}" + "".join(f"{table[metric]:11.4f}" for metric in SHOWN))
 
 
 def new_folder(args):
