@@ -12,7 +12,6 @@ code for MovieLens, but for what a docstring says. DataError names file, line, v
 import csv
 import gzip
 import hashlib
-import http.client
 import io
 import itertools
 import os
@@ -65,15 +64,16 @@ class Dataset(NamedTuple):
     titles: list                # (V + 1,) titles, or the raw id where there is none
     digest: str                 # of items, offsets and item_ids: the same data, the same digest
     layout: str = ""            # as in Events
+    settings: dict = {}         # of load_dataset; a run keeps them
 
 
-# ---------------------------------------------------------------------------------------------
-# Any delimited text: lines and rows, read as a stream
+# ---- Any delimited text: lines and rows, read as a stream
 
 LINE_LIMIT = 2 ** 20            # characters
-EVENT = ("a line is one event, user,item[,time], with ids that are text without control "
+EVENT = ("a line is one event, user,item[,time], in UTF-8, with ids that are text without control "
          "characters, fields that hold the delimiter in quotes, and times all as finite numbers "
          "below 2^63, seconds or milliseconds, or all as ISO 8601, 2024-05-01 12:30:00")
+MISSING = {"", "na", "nan", "null", "none", "\\n"}               # what exports write for no id
 ISO_8601 = re.compile(r"\s*(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
                       r" ?(?:Z|UTC|([+-]\d\d):?(\d\d)?)?\s*", re.ASCII | re.IGNORECASE)
 EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
@@ -84,7 +84,8 @@ OTHER_FORMATS = [               # how such a file begins, what it is, what to do
     (rb"PK\x03\x04", "a zip archive", "unpack it and give the file inside"),
     (rb"BZh", "compressed with bz2", "unpack it with bunzip2"),
     (rb"\x80[\x02-\x05]", "a pickle", "if you trust it, " + PANDAS.format("read_pickle('FILE')")),
-    (rb"\s*[\[{]\s*['\"\[{]", "JSON lines", PANDAS.format("read_json('FILE', lines=True)")),
+    (rb"\s*\{\s*['\"]", "JSON lines", PANDAS.format("read_json('FILE', lines=True, dtype=False)")),
+    (rb"\s*\[\s*[\[{]", "JSON", PANDAS.format("read_json('FILE', dtype=False)")),
     (rb"\xff\xfe|\xfe\xff", "UTF-16", "save it as UTF-8"),
 ]
 
@@ -102,9 +103,7 @@ def read_lines(path):
                 if re.match(pattern, beginning, re.DOTALL):
                     raise DataError(f"{path} is {what}, not delimited text: {remedy}")
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
-            number = 0
-            while line := text.readline(LINE_LIMIT + 1):
-                number += 1
+            for number, line in enumerate(iter(lambda: text.readline(LINE_LIMIT + 1), ""), 1):
                 if len(line) > LINE_LIMIT:
                     raise DataError(f"{path}, line {number}: over {LINE_LIMIT} characters: {EVENT}")
                 yield line
@@ -147,9 +146,9 @@ def read_rows(path):
 # Names of columns in lower case, without spaces, "_" and "-". Where a header has several of a list,
 # the first of the list is taken: of times, the finest.
 USER_NAMES = "user userid uid reviewerid visitorid customerid sessionid".split()
-ITEM_NAMES = "item itemid iid movieid videoid sid productid asin parentasin".split()
-TIME_NAMES = ("timems timestampms timestamp unixreviewtime unixtime datetime eventtime createdat "
-              "ratedat time ts date").split()
+ITEM_NAMES = "item itemid iid movieid videoid sid productid asin parentasin bookid trackid".split()
+TIME_NAMES = ("timems timestampms timestamp eventtimestamp unixreviewtime unixtime datetime "
+              "eventtime createdat ratedat time ts date eventdate").split()
 TITLE_NAMES = "title movietitle itemtitle producttitle name itemname".split()
 
 
@@ -170,8 +169,8 @@ def find_name(names, known):
 def find_columns(names, place, columns=None):
     """Whether the first row is a header, and the positions of user, item and, if any, time."""
     text = ", ".join(names)[:200]
-    usual = [find_name(names, known) for known in (USER_NAMES, ITEM_NAMES, TIME_NAMES)]
-    header = usual[0] is not None and usual[1] is not None
+    user, item, time = (find_name(names, known) for known in (USER_NAMES, ITEM_NAMES, TIME_NAMES))
+    header = user is not None and item is not None
     no_digit = not re.search(r"\d", "".join(names))
     if columns:
         by_number = all(column.isdecimal() for column in columns)
@@ -182,30 +181,30 @@ def find_columns(names, place, columns=None):
                                 f"1 to {len(names)}, or by name from {text}")
         return header or no_digit or not by_number, [labels.index(column) for column in columns]
     if header:
-        if usual[2] is None and len(names) > 2:
+        date = find_name(names, ["date"])
+        if time is not None and names[time].lower() == "time" and date is not None:
+            raise DataError(f"{place}: a time and a date in {text}: join them in one column, or "
+                            "choose one with --columns USER,ITEM,TIME")
+        if time is None and len(names) > 2:
             print(f"train.py: warning: {printable(place)}: no known time column in {text}: events "
                   "are taken in file order; if one of the columns is the time, use --columns "
                   "USER,ITEM,TIME", file=sys.stderr)
-        return True, [position for position in usual if position is not None]
-    if no_digit or not 2 <= len(names) <= 4:
-        raise DataError(f"{place}: unknown header, or no event user,item[,time]: {text}: use "
-                        "--columns USER,ITEM,TIME or put a line user,item,time above it; a line "
-                        "holds one event, not a user's whole sequence")
+        return True, [user, item] if time is None else [user, item, time]
+    dated = any(re.match(r"\d{4}-\d\d-\d\d", name) for name in names[:-1])
+    no_rating = re.match(r"\d{9}", "".join(names[2:-1]))          # of four columns: a time
+    named = (user, item) != (None, None)           # one of them, not both
+    if no_digit or named or dated or no_rating or not 2 <= len(names) <= 4:
+        raise DataError(f"{place}: unknown header, or no event user,item[,[rating,]time]: {text}: "
+                        "use --columns USER,ITEM[,TIME] or put a line user,item[,time] above it; "
+                        "a line holds one event, not a user's whole sequence")
     return False, {2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 3]}[len(names)]
 
 
-def describe(names, header, where):
+def describe(names, where):
     """Which column is read as what, in words."""
-    roles = ["user", "item", "time"][:len(where)]
+    text = ", ".join(f"{role} from {names[k]}" for role, k in zip(["user", "item", "time"], where))
     others = ", ".join(name for k, name in enumerate(names) if k not in where)[:200]
-    if header:
-        text = ", ".join(f"{role} from {names[k]}" for role, k in zip(roles, where))
-        unused = f"; other columns ({others}) unused"
-    else:
-        numbers = ", ".join(str(k + 1) for k in where)
-        text = f"no header: columns {numbers} are {', '.join(roles)}"
-        unused = "; other columns (ratings, say) unused"
-    return text + unused if others else text
+    return f"{text}; other columns ({others}) unused" if others else text
 
 
 def number(text):
@@ -240,6 +239,7 @@ def read_file(path, columns=None):
     names = column_names(first)
     header, where = find_columns(names, f"{path}, line {line}", columns)
     if not header:
+        names = [f"column {k + 1}" for k in range(len(names))]
         rows = itertools.chain([(line, first)], rows)
     width, needed, read_time = len(names), max(where) + 1, None
     u, i, t = where if len(where) == 3 else [*where, None]
@@ -251,7 +251,7 @@ def read_file(path, columns=None):
                 raise ValueError(f"{len(row)} columns where the first line has {width}")
             user, item, when = row[u].strip(), row[i].strip(), len(times)
             if user not in user_codes or item not in item_codes:
-                if not user or not item or CONTROL.search(user + item):
+                if {user.lower(), item.lower()} & MISSING or CONTROL.search(user + item):
                     raise ValueError(f"user {user[:40]!r}, item {item[:40]!r} cannot be ids")
             if t is not None:
                 if read_time is None:              # the first time decides for all
@@ -267,18 +267,20 @@ def read_file(path, columns=None):
     if not users:
         raise DataError(f"{path} has a header but no events: it needs lines of user,item[,time]")
     return Events(np.asarray(users), np.asarray(items), np.asarray(times), list(user_codes),
-                  list(item_codes), layout=describe(names, header, where))
+                  list(item_codes), layout=describe(names, where))
 
 
 def read_titles(path):
-    """{raw item id: title} of a text file: its columns of known names, else its first two."""
+    """{raw item id: title} of a text file: its columns of known names, or the first ones."""
     titles, rows = {}, read_rows(path)
     line, first = next(rows)
     i, t = find_name(column_names(first), ITEM_NAMES), find_name(column_names(first), TITLE_NAMES)
-    if i is None or t is None:
+    if t is None:
         i, t, rows = 0, 1, itertools.chain([(line, first)], rows)
+    elif i is None:
+        i = 1 if t == 0 else 0
     for line, row in rows:
-        if len(row) <= max(i, t) or len(row) > len(first):
+        if len(row) != len(first):
             raise DataError(f"{path}, line {line}: {len(row)} columns where the first line has "
                             f"{len(first)}: put what holds the delimiter in quotes")
         # a byte that was not UTF-8 is taken as Latin-1, in which MovieLens writes
@@ -287,8 +289,7 @@ def read_titles(path):
     return titles
 
 
-# ---------------------------------------------------------------------------------------------
-# MovieLens: fetched once, kept in the user's cache folder, as the archive it came in
+# ---- MovieLens: fetched once, kept in the user's cache folder, as the archive it came in
 
 NAMES = ("ml-100k", "ml-1m")
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/{}.zip"
@@ -340,13 +341,12 @@ def parse_archive(name, archive, path):
 
 def fetch_movielens(name, opener=urllib.request.urlopen):
     """Path of the archive of "ml-100k" or "ml-1m" in the cache, fetched where it is missing."""
-    home = os.path.join(os.path.expanduser("~"), ".cache")
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or home, "lrurec")
+    default = os.path.join(os.path.expanduser("~"), ".cache", "lrurec")
     path = os.path.join(os.environ.get("LRUREC_CACHE") or default, name + ".zip")
     if os.path.exists(path):
         return path
-    url, failures = GROUPLENS.format(name), {}
-    sources = 2 * [("GroupLens", lambda: opener(url, timeout=20).read())]
+    url, failures = GROUPLENS.format(name), []
+    sources = [("GroupLens", lambda: opener(url, timeout=20).read())]
     if name == "ml-100k":
         sources.append((RECBOLE, recbole_wheel))
     for source, get in sources:
@@ -355,47 +355,48 @@ def fetch_movielens(name, opener=urllib.request.urlopen):
         try:
             archive = get()
             parse_archive(name, io.BytesIO(archive), "what came")  # a wrong one is not kept
-        except (OSError, http.client.HTTPException, subprocess.SubprocessError, DataError) as error:
-            failures[source] = " ".join(str(error).split())
+        except Exception as error:                 # whatever it is: the next source is asked
+            failures.append(f"{source}: {' '.join(str(error).split())}")
         else:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path + ".part", "wb") as file:
                 file.write(archive)
             os.replace(path + ".part", path)       # whole or not at all
             return path
-    reasons = "; ".join(": ".join(failure) for failure in failures.items())
-    raise DataError(f"{name} cannot be fetched ({reasons}): "
+    raise DataError(f"{name} cannot be fetched ({'; '.join(failures)}): "
                     f"download {url} by hand and put it at {path}")
 
 
-# ---------------------------------------------------------------------------------------------
-# From events to sequences
+# ---- From events to sequences
 
-def load_dataset(source, min_count=5, ties="item", seed=0, columns=None, titles=None):
+def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles=None):
     """source, "ml-100k", "ml-1m" or the path of a file -> Dataset. Raises DataError.
 
-    columns     as in read_file; titles: the path of a file for read_titles
+    columns     "USER,ITEM" or "USER,ITEM,TIME": names in the header, or numbers from 1
+    titles      path of a file for read_titles
     min_count   items, then users, with fewer events are dropped, one pass each; 0 keeps all
     ties        order of a user's events of equal time: "item" by id, as the official code (a
                 pattern that a model can learn), "file" as in the file, "random" drawn from seed
     """
     if ties not in ("item", "file", "random"):
         raise DataError(f"ties must be 'item', 'file' or 'random' (got {ties!r})")
-    if columns and (source in NAMES or not 2 <= len(set(columns)) == len(columns) <= 3):
+    names = columns and [name.strip() for name in str(columns).split(",")]
+    if names and (source in NAMES or not 2 <= len(set(names)) == len(names) <= 3):
         raise DataError(f"--columns must be USER,ITEM or USER,ITEM,TIME of a file (got {columns})")
     if source in NAMES:
         path = fetch_movielens(source)
         events = parse_archive(source, path, path)
     else:
-        events = read_file(source, columns)
+        events = read_file(source, names)
     if titles is not None:
         events = events._replace(titles=read_titles(titles))
         if not events.titles.keys() & set(events.item_ids):
             raise DataError(f"{titles}: no id of an item of {source}: give lines of item_id,title")
-    return prepare(events, source, min_count, ties, seed)
+    settings = dict(min_count=min_count, ties=ties, columns=columns, titles=titles)
+    return prepare(events, source, min_count, ties, seed)._replace(settings=settings)
 
 
-def prepare(events, name, min_count=5, ties="item", seed=0):
+def prepare(events, name, min_count, ties, seed):
     """Events -> Dataset: repeats of the line before, rare items, then rare users dropped."""
     users, items = events.users, events.items
     differs = (users[1:] != users[:-1]) | (items[1:] != items[:-1])     # from the line before
@@ -403,8 +404,8 @@ def prepare(events, name, min_count=5, ties="item", seed=0):
     for codes in (items, users):
         keep = keep[np.bincount(codes[keep])[codes[keep]] >= min_count]
     if not len(keep):
-        raise DataError(f"{name}: nobody is left after dropping items, then users, with fewer "
-                        f"than {min_count} events: lower --min-count")
+        raise DataError(f"{name}: nobody is left with {min_count} events ({events.layout}): lower "
+                        "--min-count, or see whether these are the columns")
     users, user_ids = renumber(users[keep], events.user_ids)
     items, item_ids = renumber(items[keep], events.item_ids)
     items += 1                                     # 0 is the empty history
@@ -433,8 +434,7 @@ def renumber(codes, raw_ids):
     return new[codes], [raw_ids[code] for code in order]
 
 
-# ---------------------------------------------------------------------------------------------
-# Training rows: leave-one-out, windows, batches
+# ---- Training rows: leave-one-out, windows, batches
 
 class Rows(NamedTuple):
     """Training rows of all users, one after another, and the windows they are cut into."""
@@ -487,7 +487,7 @@ def histories(data, split, max_len=None):
     histories: a list of arrays, each user's last max_len events before the true one (at test,
     the validation event is one of them); truth (users,). Raises DataError for no such user.
     """
-    held_out = {"validation": 2, "test": 1}[split]
+    held_out = ["test", "validation"].index(split) + 1            # events; ValueError for another
     users = np.flatnonzero(np.diff(data.offsets) >= 3)
     if not len(users):
         raise DataError(f"{data.name}: no user has 3 events: there is nobody to evaluate on")

@@ -193,7 +193,7 @@ def scan_recursive(lam, u, starts):
     left = scan_recursive(lam, u[:half], starts[:half])
     right = scan_recursive(lam, u[half:], starts[half:])
     no_wall_yet = xp.cumsum(starts[half:]) == 0
-    powers = lam ** xp.arange(1, len(right) + 1, dtype=lam.real.dtype)[:, None]  # (rows, H)
+    powers = lam.astype(complex) ** xp.arange(1, len(right) + 1)[:, None]        # (rows, H)
     right += xp.where(no_wall_yet[:, None], powers * left[-1], 0)
     return xp.concatenate([left, right])
 
@@ -488,7 +488,7 @@ def blocks(params):
 
 def as_ids(params, ids):
     """ids (N,) as integers on the device. Raises ValueError for none, or one outside 0..V."""
-    ids, V = np.asarray(to_host(ids)), len(params["item_embedding"]) - 1
+    ids, V = np.atleast_1d(to_host(ids)), len(params["item_embedding"]) - 1
     if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > V:
         raise ValueError(f"items must be integers in 0..{V}, one or more (0 is an empty history)")
     return xp.asarray(ids)
@@ -526,13 +526,14 @@ def backward(dhidden, caches, E):
 
 
 def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
-    """The training loss and its gradient.
-    items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool, rng a NumPy
+    """items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool, rng a NumPy
     Generator where dropout > 0 -> loss (mean over the rows with a target), grads like params
     """
-    items, targets = as_ids(params, items), as_ids(params, targets)
+    items = as_ids(params, items)
+    targets = as_ids(params, targets).reshape(items.shape)        # ValueError for another length
+    starts = xp.asarray(starts, bool).reshape(items.shape)
     E = params["item_embedding"]
-    hidden, caches = forward(params, items, xp.asarray(starts, bool), dropout, rng)
+    hidden, caches = forward(params, items, starts, dropout, rng)
     loss, dhidden, dE, doutput_bias = output_loss(hidden, E, params["output_bias"], targets)
     grads = backward(dhidden, caches, E)
     grads["item_embedding"] += dE                  # tied: as input and as output embedding
@@ -545,7 +546,7 @@ def encode(params, items, starts, return_state=False):
     With return_state also the state (K, segments, H) after the last row of each segment, the rows
     between two walls; step goes on from it. Raises ValueError for an id outside 0..V.
     """
-    items, starts = as_ids(params, items), xp.asarray(starts, bool)
+    items, starts = as_ids(params, items), xp.asarray(starts, bool).reshape(len(items))
     hidden, (_, _, _, *block_caches) = forward(params, items, starts)
     if not return_state:
         return hidden
@@ -574,7 +575,7 @@ def step(params, state, items):
     state (K, n_users, H), items (n_users,) -> hidden (n_users, D), state (K, n_users, H)
     Raises ValueError for an id outside 0..V.
     """
-    x = params["item_embedding"][as_ids(params, items)]
+    x = params["item_embedding"][as_ids(params, items).reshape(state.shape[1])]
     x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])
     new_state = xp.empty_like(state)
     for k, p in enumerate(blocks(params)):         # block_forward, but for the scan: it is one row
@@ -664,8 +665,7 @@ def save(path, params, **extra):
 
 
 def load(path):
-    """-> params, extra, as given to save. Raises OSError where path cannot be opened, ValueError
-    where it is no such file."""
+    """-> params, extra, as given to save. Raises OSError, ValueError where it is no such file."""
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(path) as archive:

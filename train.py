@@ -30,7 +30,6 @@ import glob
 import json
 import math
 import re
-import shlex
 import shutil
 import signal
 import threading
@@ -109,7 +108,8 @@ def evaluate(scorer, data, split, max_len=None, threads=1):
 
     def group_ranks(first):
         users = slice(first, first + GROUP)
-        return ranks(scorer(seen[users]), seen[users], truth[users])
+        scores = np.array(scorer(seen[users]), float)             # a copy: ranks uses it up
+        return ranks(scores, seen[users], truth[users])
 
     with ThreadPoolExecutor(threads) as pool:
         return metrics(np.concatenate(list(pool.map(group_ranks, range(0, len(seen), GROUP)))))
@@ -119,8 +119,8 @@ def model_scorer(params):
     """The model as a scorer for evaluate."""
     def scorer(seen):
         lengths = [len(history) for history in seen]
-        if 0 in lengths:
-            raise ValueError("an empty history: give [0], which is nobody's")
+        if not lengths or 0 in lengths:
+            raise ValueError("histories must hold one event or more; a new user's is [0]")
         ends = np.cumsum(lengths)
         starts = np.isin(np.arange(ends[-1]), ends - lengths)     # a wall before each history
         hidden = lrurec.encode(params, np.concatenate(seen), starts)
@@ -157,11 +157,13 @@ def fit(data, config, folder, run=None):
     params, mean (what is validated and saved as the model: the running mean of params, or params
     itself where config["average"] is 0), opt, epoch, history (a dict per epoch).
 
-    config names what differs from DEFAULTS. run: what read_run returned, to continue from there.
-    After every epoch folder holds model.npz (the best epoch) and last.npz (all that continuing
-    needs). Raises DataError for a wrong config, nobody to validate on and a loss that is not finite.
+    config names what differs from DEFAULTS and from how the data were read; run, a state to continue
+    from, has its own. After every epoch folder holds model.npz (the best epoch) and last.npz (all
+    that continuing needs). Raises DataError for a wrong config, nobody to validate on and a loss
+    that is not finite.
     """
-    config = full_config(config)
+    known = run["config"] if run else {"data": data.name, **data.settings}
+    config = full_config({**known, **config})
     rows = reader.training_rows(data, config["max_len"])
     reader.histories(data, "validation")           # DataError now, not after the first epoch
     if config["batch_size"] is None:
@@ -372,11 +374,11 @@ def full_config(config, argv=()):
 
 def load_data(config, titles=None, digest=None):
     """The data that config names; where a digest is given, only if it is theirs."""
-    columns = config["columns"] and [name.strip() for name in config["columns"].split(",")]
     data = reader.load_dataset(config["data"], config["min_count"], config["ties"], config["seed"],
-                               columns, titles)
+                               config["columns"], titles)
     if digest not in (None, data.digest):
-        raise DataError(f"{config['data']} is not the data of the training: use --data")
+        raise DataError(f"{config['data']} has other events than the training had: give its file "
+                        "with --data, or train anew")
     return data
 
 
@@ -391,16 +393,18 @@ def print_table(results):
 def new_folder(args):
     """Make a new run's folder: --out, or the first free of runs/NAME, runs/NAME-2, ... Only one run
     can make it, so two never share one. Raises DataError."""
-    name, n = os.path.basename(args.data).split(".")[0] or "data", 1
-    folder = args.out or os.path.join("runs", name)
-    while not args.out and os.path.exists(folder):
+    name = os.path.basename(args.data).split(".")[0] or "data"
+    folder, n = args.out or os.path.join("runs", name), 1
+    while True:
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            if args.out:
+                raise DataError(f"{folder} exists: choose another --out, or --resume its run"
+                                ) from None
         n += 1
         folder = os.path.join("runs", f"{name}-{n}")
-    try:
-        os.makedirs(folder)
-    except FileExistsError:
-        raise DataError(f"{folder} exists: choose another --out, or --resume its run") from None
-    return folder
 
 
 def train_command(args):
@@ -422,15 +426,17 @@ def train_command(args):
         progress("")
         what = "\ninterrupted" if isinstance(error, KeyboardInterrupt) else "output pipe closed"
         hint = "nothing was saved yet"
-        if os.path.exists(last):
+        if args.resume:
+            hint = "completed epochs are saved, continue with the same command"
+        elif os.path.exists(last):
             hint = ("completed epochs are saved, continue with: python train.py train --resume "
-                    f"--out {shlex.quote(folder)} --device {args.device}")
+                    f'--out "{folder}" --device {args.device}')
         print(f"{what}; {printable(hint)}", file=sys.stderr)
         raise
     finally:
         if not args.resume and not os.path.exists(last):
             shutil.rmtree(folder)                  # a run that saved nothing leaves nothing
-            with contextlib.suppress(OSError):
+            if not args.out and not os.listdir("runs"):
                 os.rmdir("runs")
 
 
@@ -438,12 +444,13 @@ def resumed(folder, args):
     """The run in folder -> config, data, run. Raises DataError."""
     run, digest = read_run(folder)
     config = full_config(run["config"], args.argv)
-    free = "epochs", "patience", "data", "titles", "threads"
+    free = "epochs", "patience", "data", "threads"
     for name in config:
         if name not in free and config[name] != run["config"][name]:
             raise DataError(f"--{name.replace('_', '-')}: the run has {run['config'][name]}: leave "
                             "the flag out, or start a new run")
-    return config, load_data(config, config["titles"], digest), run
+    _, model = read_model(os.path.join(folder, "model.npz"))
+    return config, load_data(config, digest=digest)._replace(titles=model["titles"]), run
 
 
 def train_and_test(folder, config, data, run=None):
@@ -548,6 +555,8 @@ def recommend_command(args):
     item_ids, titles = model["item_ids"], model["titles"]
     if args.user is not None or args.all_users:
         recommend_for_users(params, model, args)
+    elif args.data:
+        raise DataError("--data goes with --user or --all-users")
     elif args.items or args.new_user:
         history = [find_item(text, item_ids, titles) for text in args.items] or [0]
         print_best(best_items(model_scorer(params)([history]), [history], args.top)[0], titles)
@@ -566,7 +575,9 @@ def print_best(best, titles):
 def recommend_for_users(params, model, args):
     """Print a CSV of users' best items: user,rank,item,title,score."""
     config = model["config"]
-    data = load_data({**config, "data": args.data or config["data"]})
+    if args.data:                                  # other data: users with any number of events
+        config = {**config, "data": args.data, "min_count": 0}
+    data = load_data(config)
     known_item = {raw: v for v, raw in enumerate(model["item_ids"])}
     items = np.array([known_item.get(raw, 0) for raw in data.item_ids])
     users, histories = data.user_ids, []
@@ -575,8 +586,8 @@ def recommend_for_users(params, model, args):
         histories.append(known if len(known) else np.array([0]))
     if args.user is not None:
         if args.user not in users:
-            raise DataError(f"no user {args.user!r} in {data.name} (users with fewer than "
-                            f"{config['min_count']} events are left out)")
+            raise DataError(f"no user {args.user!r} among those of {data.name} with "
+                            f"{config['min_count']} events or more")
         histories, users = [histories[users.index(args.user)]], [args.user]
     writer, scorer = csv.writer(sys.stdout, lineterminator="\n"), model_scorer(params)
     writer.writerow(["user", "rank", "item", "title", "score"])
@@ -586,7 +597,8 @@ def recommend_for_users(params, model, args):
             for rank, (v, score) in enumerate(best, 1):
                 item, title = model["item_ids"][v], model["titles"][v]
                 writer.writerow([user, rank, item, title, f"{score:.4f}"])
-        progress(f"user {first + len(seen):,} of {len(users):,}")
+        if not sys.stdout.isatty():                # there the rows themselves show it
+            progress(f"user {first + len(seen):,} of {len(users):,}")
     progress("")
 
 
@@ -900,6 +912,8 @@ def main(argv=None):
     for stream in (sys.stdin, sys.stdout, sys.stderr):            # text of any alphabet, anywhere
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")   # in a file or a pipe, on Windows too
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         lrurec.use_device(getattr(args, "device", "cpu"))
