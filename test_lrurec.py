@@ -624,7 +624,7 @@ def grade_file(path):
 
 
 def in_order(function):
-    """function, but what it returns can be written to and lies row by row, as the model wants it."""
+    """function, but what it returns can be written to and lies row by row, as lrurec wants it."""
     def copied(value):
         if isinstance(value, tuple):
             return tuple(map(copied, value))
@@ -1265,7 +1265,8 @@ def test_ids_that_are_no_items_are_refused_with_a_sentence(ids):
 
 def test_arrays_of_different_lengths_are_refused():
     params = tiny_params()
-    for function, *arguments in ((lrurec.encode, [1, 2], [True]), (lrurec.step, lrurec.init_state(params, 3), [5]),
+    for function, *arguments in ((lrurec.encode, [1, 2], [True]),
+                                 (lrurec.step, lrurec.init_state(params, 3), [5]),
                                  (lrurec.loss_and_grads, [1, 2], [1, 2], [True]),
                                  (lrurec.loss_and_grads, [1, 2], [1, 2, 3], [True, False])):
         with pytest.raises(ValueError):

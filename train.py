@@ -157,10 +157,10 @@ def fit(data, config, folder, run=None):
     params, mean (what is validated and saved as the model: the running mean of params, or params
     itself where config["average"] is 0), opt, epoch, history (a dict per epoch).
 
-    config names what differs from DEFAULTS and from how the data were read; run, a state to continue
-    from, has its own. After every epoch folder holds model.npz (the best epoch) and last.npz (all
-    that continuing needs). Raises DataError for a wrong config, nobody to validate on and a loss
-    that is not finite.
+    config names what differs from DEFAULTS and from how the data were read, or from the config of
+    run, a state to continue from. After every epoch folder holds model.npz (the best epoch) and
+    last.npz (all that continuing needs). Raises DataError for a wrong config, nobody to validate
+    on and a loss that is not finite.
     """
     known = run["config"] if run else {"data": data.name, **data.settings}
     config = full_config({**known, **config})
@@ -837,7 +837,7 @@ def make_parser():
                               help="number of recommendations")
     whom = recommending.add_mutually_exclusive_group()
     whom.add_argument("items", nargs="*", default=[], metavar="TITLE-OR-ID", help="the history, "
-                      "oldest first; without one a session, or lines from a pipe")
+                      "oldest first, before any flag; without one a session, or lines from a pipe")
     whom.add_argument("--new-user", action="store_true", help="for a user without a history")
     whom.add_argument("--user", metavar="ID", help="for this user of the data, as CSV")
     whom.add_argument("--all-users", action="store_true", help="for all users of the data, as CSV")
