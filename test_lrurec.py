@@ -2052,7 +2052,7 @@ def test_recommend_for_a_history(model, capsys):
     everything = [f"i{k}" for k in range(14)]
     for words, history, top in ((["the rock", "i5"], ["i3", "i5"], 99), (["i5"], ["i5"], 4),
                                 (["--new-user"], [], 12), (everything, everything, 1)):
-        assert run("recommend", model, *words, "--top", top) == 0
+        assert run("recommend", model, "--top", top, *words) == 0
         lines = capsys.readouterr().out.splitlines()
         best, rows = best_after(model, history, top), [line.split() for line in lines]
         assert [row[:-1] for row in rows] == [[n, *title.split()] for n, _, title, _ in best]
@@ -2237,8 +2237,9 @@ def test_a_mistake_ends_with_2_and_one_line_and_leaves_nothing(refused, tmp_path
             ("--data /nowhere.csv", "nowhere.csv cannot be read"), ("--columns user", "USER,ITEM"),
             ("--out file/run", "file"), ("inspect file", "not a model file"), ("compare", "RUN"),
             ("evaluate nowhere.npz", "nowhere.npz"), ("train extra", "arguments: extra"),
-            ("recommend m --user u --all-users", "not allowed with"),
-            ("recommend m x --user u", "not allowed with"), ("--\x1b[2J", r"\x1b[2J"),
+            ("recommend m --user u --all-users", "give one of"), ("--\x1b[2J", r"\x1b[2J"),
+            ("recommend m --user u --top 2 x", "give one of"),
+            ("recommend m --top 2 x --lr 1", "unrecognized arguments: x --lr 1"),
             ("recommend m --top 0", "--top: must be"), (f"recommend m --top {10 ** 400}", "--top")):
         assert message in refused(*arguments.split(" "))
     positive = "epochs patience batch-size max-len d-model n-blocks threads max-phase".split()

@@ -551,6 +551,8 @@ def find_item(text, item_ids, titles):
 
 
 def recommend_command(args):
+    if bool(args.items) + args.new_user + (args.user is not None) + args.all_users > 1:
+        raise DataError("give one of: titles or ids, --new-user, --user, --all-users")
     params, model = read_model(args.model)
     item_ids, titles = model["item_ids"], model["titles"]
     if args.user is not None or args.all_users:
@@ -835,12 +837,12 @@ def make_parser():
         p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
     recommending.add_argument("--top", type=number(int, 1), default=10,
                               help="number of recommendations")
-    whom = recommending.add_mutually_exclusive_group()
-    whom.add_argument("items", nargs="*", default=[], metavar="TITLE-OR-ID", help="the history, "
-                      "oldest first, before any flag; without one a session, or lines from a pipe")
-    whom.add_argument("--new-user", action="store_true", help="for a user without a history")
-    whom.add_argument("--user", metavar="ID", help="for this user of the data, as CSV")
-    whom.add_argument("--all-users", action="store_true", help="for all users of the data, as CSV")
+    whom = recommending.add_argument
+    whom("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; without one a "
+         "session, or lines from a pipe")
+    whom("--new-user", action="store_true", help="for a user without a history")
+    whom("--user", metavar="ID", help="for this user of the data, as CSV")
+    whom("--all-users", action="store_true", help="for all users of the data, as CSV")
     for p in (evaluation, recommending):
         p.add_argument("--data", type=source, help="as in train (default: the model's own data)")
     benchmark.add_argument("--data", type=source, default="ml-100k", help="as in train")
@@ -885,7 +887,11 @@ def parse_arguments(argv):
     """-> args; args.config: the flags that train saves with a run. Raises DataError."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
-    args = PARSER.parse_args(argv)
+    args, rest = PARSER.parse_known_args(argv)
+    if args.command == "recommend" and not any(word.startswith("-") for word in rest):
+        args.items, rest = args.items + rest, []   # those after a flag, before Python 3.12.7
+    if rest:
+        PARSER.error(f"unrecognized arguments: {' '.join(rest)}")
     args.argv = argv[1:]
     args.config = {name: value for name, value in vars(args).items()
                    if name not in ("command", "run", "out", "resume", "device", "argv")}
