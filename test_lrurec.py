@@ -1554,7 +1554,6 @@ ARCHIVES = [  # in each of them user 1 saw item 1 at 5 s and item 2 at 4 s
                                     "1\tunkonwn\t\t\n2\tCafé\t1990\t\n"}),
     ("ml-1m", {"ml-1m/ratings.dat": "1::1::3::5\n1::2::3::4\n",
                "ml-1m/movies.dat": b"1::unknown::x\n2::Caf\xe9 (1990)::y\n"})]
-CACHE_FOLDERS = [("HOME", ".cache/lrurec"), ("LRUREC_CACHE", "."), ("LRUREC_CACHE", ".")]
 
 
 def test_archives_are_kept_in_the_cache_and_damaged_ones_refused(tmp_path, monkeypatch):
@@ -1562,7 +1561,8 @@ def test_archives_are_kept_in_the_cache_and_damaged_ones_refused(tmp_path, monke
     monkeypatch.setattr(reader, "ML_100K_EVENTS", reader.hashlib.sha256(two_events).hexdigest())
     monkeypatch.setenv("USERPROFILE", str(tmp_path))          # HOME on Windows
     monkeypatch.delenv("LRUREC_CACHE", raising=False)
-    for (name, files), (variable, folder) in zip(ARCHIVES, CACHE_FOLDERS):
+    folders = [("HOME", ".cache/lrurec"), ("LRUREC_CACHE", "."), ("LRUREC_CACHE", ".")]
+    for (name, files), (variable, folder) in zip(ARCHIVES, folders):
         monkeypatch.setenv(variable, str(tmp_path))           # it comes before the last
         archive = io.BytesIO(zip_of(files).getvalue())
         path = Path(reader.fetch_movielens(name, lambda url, timeout: archive))
@@ -1647,10 +1647,6 @@ DEFAULTS = {"data": "ml-100k", "epochs": 50, "patience": 15, "seed": 42, "batch_
 SHOWN = "Recall@5 Recall@10 Recall@20 NDCG@5 NDCG@10 NDCG@20 MRR".split()
 
 
-def cells(table):
-    return "".join(f"{table[metric]:11.4f}" for metric in SHOWN)
-
-
 def test_a_whole_tiny_run_until_patience_ends_it(tmp_path, capsys):
     events = [f"u{u},i{(u + t) % 40},{t // 3}\n" for u in range(30) for t in range(12)]
     file = write(tmp_path / "f", "who,what,when\nu0,rare,9\nu1,rare,9\n" + "".join(events))
@@ -1675,6 +1671,10 @@ def test_a_whole_tiny_run_until_patience_ends_it(tmp_path, capsys):
     assert report["validation"] == train.evaluate(scorers["LRURec"], data, "validation", 4)
     recalls = [h["Recall@10"] for h in history]
     best = recalls.index(max(recalls))
+
+    def cells(table):
+        return "".join(f"{table[metric]:11.4f}" for metric in SHOWN)
+
     assert report["epoch"] == best + 1 == len(history) - 3 > 1
     for metric in ("Recall@10", "NDCG@10"):
         assert report["validation"][metric] == history[best][metric]
@@ -1711,18 +1711,6 @@ def test_shards_are_cut_at_the_walls_nearest_to_equal_parts_in_linear_time():
     assert len(train.shards(*3 * [np.ones(400_000, bool)])) == 200
     assert tracemalloc.get_traced_memory()[1] < 2 ** 25, "no array of walls by shards"
     tracemalloc.stop()
-
-
-def test_the_gradients_of_the_shards_add_up_to_those_of_the_batch(monkeypatch):
-    monkeypatch.setattr(train, "SHARD_ROWS", 9)
-    params, batch = tiny_params(n_items=40), batch_of(60)
-    batch[1][:20] = 0                              # a shard counts by its targets
-    expected, whole = lrurec.loss_and_grads(params, *batch)
-    config = {**DEFAULTS, "dropout": 0.0, "threads": 2}
-    with ThreadPoolExecutor(2) as pool:
-        loss, grads = train.gradients(pool, params, batch, config, 0)
-    assert loss == pytest.approx(expected, rel=1e-12)
-    assert all(relative_error(grads[name], whole[name]) < 1e-10 for name in params)
 
 
 def end_of(folder):
@@ -2214,7 +2202,7 @@ def blocks_of_the_readme(language):
     return [text for name, text in blocks if name == language]
 
 
-def test_every_command_in_the_readme_parses_and_every_flag_is_shown():
+def test_every_command_in_the_readme_parses_and_every_flag_is_shown_there_and_in_help(capsys):
     lines = "".join(blocks_of_the_readme("")).replace("&& ", "\n").splitlines()
     commands = [line.partition("  #")[0] for line in lines if line.startswith("python ")]
     for command in commands:
@@ -2224,8 +2212,12 @@ def test_every_command_in_the_readme_parses_and_every_flag_is_shown():
         elif program == "test_lrurec.py":
             names = {word.removesuffix(".py") for word in words}
             assert names <= {*EXERCISES, "train", "pytorch", "--hint"}, command
-    shown = " ".join(commands)
-    assert [name for name in train.DEFAULTS if "--" + name.replace("_", "-") not in shown] == []
+    assert run("train", "--help") == 0
+    listed, shown = " ".join(capsys.readouterr().out.split()), " ".join(commands)
+    for name, default in train.DEFAULTS.items():
+        flag = "--" + name.replace("_", "-")
+        assert flag in shown and f" {flag} " in listed, flag
+        assert not default or f"(default: {default})" in listed, flag
 
 
 def test_the_readme_s_python_runs(tmp_path, monkeypatch):
@@ -2237,21 +2229,6 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     for block in blocks_of_the_readme("python"):
         exec(block, {})
     assert np.load("scores.npy").shape == (60, 121)
-
-
-def test_help_lists_every_flag_with_its_default(capsys):
-    assert run("train", "--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for name, default in train.DEFAULTS.items():
-        assert f" --{name.replace('_', '-')} " in text, name
-        assert not default or f"(default: {default})" in text, name
-
-
-def quick(work, repeat=5):
-    """For train.timed; without the large models, which take their time."""
-    if repeat != 3:
-        work()
-    return 1e-6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2324,13 +2301,14 @@ def gpu(monkeypatch):
 
 def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
     params, batch = tiny_params(n_items=40), batch_of(40)
+    batch[1][:15] = 0                              # a shard counts by its targets
 
     def step_of_training(params, dropout):
         config = {**DEFAULTS, "dropout": dropout, "threads": 1}
-        _, grads = train.gradients(None, params, batch, config, 0)
+        loss, grads = train.gradients(None, params, batch, config, 0)
         norm = lrurec.clip_gradients(grads, 0.1)
         lrurec.adamw_update(params, grads, lrurec.adamw_init(params), 0.01, 0.01)
-        return [norm, *grads.values(), *params.values(), *everything(params, *batch)]
+        return [loss, norm, *grads.values(), *params.values(), *everything(params, *batch)]
 
     gpu("gpu")
     device = {name: lrurec.xp.asarray(p) for name, p in params.items()}
@@ -2343,12 +2321,17 @@ def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
         with pytest.raises((AssertionError, TypeError)):
             stray(device["embedding_norm.scale"])  # the stand-in catches it
     gpu("cpu")
-    for a, b in zip(results, step_of_training(params, 0)):
+    for a, b in zip(results, step_of_training(params, 0)):         # on the CPU in two shards
         assert relative_error(a, b) < 1e-12
 
 
 def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tiny, tmp_path, capsys,
                                                                     monkeypatch):
+    def quick(work, repeat=5):                     # without the large models, which take their time
+        if repeat != 3:
+            work()
+        return 1e-6
+
     out, model = tmp_path / "run", tmp_path / "run" / "model.npz"
     monkeypatch.setattr(train, "timed", quick)
     monkeypatch.setattr("sys.stdin", io.StringIO("i3\n"))
