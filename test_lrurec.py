@@ -1881,7 +1881,7 @@ def test_a_run_ended_at_any_moment_says_so_and_goes_on_to_the_same_end(end, code
             os.killpg(process.pid, getattr(signal, end))
         error = process.stderr.read()
         assert process.wait(10) == code and error.count("\n") <= 2, error
-    assert code == -9 or f'train.py train --resume --out "{out}"' in error
+    assert code == -9 or f"train.py train --resume --out '{out}'" in error
     lrurec.load(out / "model.npz")                 # the old one or the new one, never half of one
     epochs = lrurec.load(out / "last.npz")[1]["epoch"] + 2
     assert run("--resume", "--out", out, "--epochs", epochs) == 0

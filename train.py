@@ -30,6 +30,7 @@ import glob
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -430,7 +431,7 @@ def train_command(args):
             hint = "completed epochs are saved, continue with the same command"
         elif os.path.exists(last):
             hint = ("completed epochs are saved, continue with: python train.py train --resume "
-                    f'--out "{folder}" --device {args.device}')
+                    f"--out {shlex.quote(folder.replace(os.sep, '/'))} --device {args.device}")
         print(f"{what}; {printable(hint)}", file=sys.stderr)
         raise
     finally:
