@@ -7,7 +7,7 @@
                     -> histories                 -> histories and true items for the evaluation
 
 A first reading may begin at "From events to sequences": the protocol is that of the official LRURec
-code for MovieLens, but for what a docstring says. DataError names file, line, value and remedy.
+code for MovieLens, except where a docstring says otherwise.
 """
 import csv
 import gzip
@@ -71,9 +71,9 @@ class Dataset(NamedTuple):
 
 LINE_LIMIT = 2 ** 20            # characters
 EVENT = ("a line is one event, user,item[,time], in UTF-8, with ids that are text without control "
-         "characters, fields that hold the delimiter in quotes, and times all as finite numbers "
-         "below 2^63, seconds or milliseconds, or all as ISO 8601, 2024-05-01 12:30:00")
-MISSING = {"", "na", "nan", "null", "none", "\\n"}               # what exports write for no id
+         "characters and not missing, fields that hold the delimiter in quotes, and times all as "
+         "finite numbers below 2^63, seconds or milliseconds, or all as ISO 8601, 2024-05-01 12:30")
+MISSING = {"", "NA", "NaN", "nan", "NULL", "null", "None", "\\N"}           # as exports write it
 ISO_8601 = re.compile(r"\s*(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
                       r" ?(?:Z|UTC|([+-]\d\d):?(\d\d)?)?\s*", re.ASCII | re.IGNORECASE)
 EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
@@ -84,7 +84,8 @@ OTHER_FORMATS = [               # how such a file begins, what it is, what to do
     (rb"PK\x03\x04", "a zip archive", "unpack it and give the file inside"),
     (rb"BZh", "compressed with bz2", "unpack it with bunzip2"),
     (rb"\x80[\x02-\x05]", "a pickle", "if you trust it, " + PANDAS.format("read_pickle('FILE')")),
-    (rb"\s*\{\s*['\"]", "JSON lines", PANDAS.format("read_json('FILE', lines=True, dtype=False)")),
+    (rb"\s*[\[{]\s*['\"]", "JSON lines",
+     PANDAS.format("read_json('FILE', lines=True, dtype=False)")),
     (rb"\s*\[\s*[\[{]", "JSON", PANDAS.format("read_json('FILE', dtype=False)")),
     (rb"\xff\xfe|\xfe\xff", "UTF-16", "save it as UTF-8"),
 ]
@@ -171,7 +172,7 @@ def find_columns(names, place, columns=None):
     text = ", ".join(names)[:200]
     user, item, time = (find_name(names, known) for known in (USER_NAMES, ITEM_NAMES, TIME_NAMES))
     header = user is not None and item is not None
-    no_digit = not re.search(r"\d", "".join(names))
+    unknown = user is not None or item is not None or not re.search(r"\d", "".join(names))
     if columns:
         by_number = all(column.isdecimal() for column in columns)
         labels = [str(k + 1) for k in range(len(names))] if by_number else names
@@ -179,7 +180,7 @@ def find_columns(names, place, columns=None):
             if column not in labels:
                 raise DataError(f"{place}: no column {column!r}: choose --columns by number from "
                                 f"1 to {len(names)}, or by name from {text}")
-        return header or no_digit or not by_number, [labels.index(column) for column in columns]
+        return unknown or not by_number, [labels.index(column) for column in columns]
     if header:
         date = find_name(names, ["date"])
         if time is not None and names[time].lower() == "time" and date is not None:
@@ -190,10 +191,9 @@ def find_columns(names, place, columns=None):
                   "are taken in file order; if one of the columns is the time, use --columns "
                   "USER,ITEM,TIME", file=sys.stderr)
         return True, [user, item] if time is None else [user, item, time]
-    dated = any(re.match(r"\d{4}-\d\d-\d\d", name) for name in names[:-1])
+    dated = any(re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d)?", name) for name in names[:-1])
     no_rating = re.match(r"\d{9}", "".join(names[2:-1]))          # of four columns: a time
-    named = (user, item) != (None, None)           # one of them, not both
-    if no_digit or named or dated or no_rating or not 2 <= len(names) <= 4:
+    if unknown or dated or no_rating or not 2 <= len(names) <= 4:
         raise DataError(f"{place}: unknown header, or no event user,item[,[rating,]time]: {text}: "
                         "use --columns USER,ITEM[,TIME] or put a line user,item[,time] above it; "
                         "a line holds one event, not a user's whole sequence")
@@ -251,7 +251,7 @@ def read_file(path, columns=None):
                 raise ValueError(f"{len(row)} columns where the first line has {width}")
             user, item, when = row[u].strip(), row[i].strip(), len(times)
             if user not in user_codes or item not in item_codes:
-                if {user.lower(), item.lower()} & MISSING or CONTROL.search(user + item):
+                if user in MISSING or item in MISSING or CONTROL.search(user + item):
                     raise ValueError(f"user {user[:40]!r}, item {item[:40]!r} cannot be ids")
             if t is not None:
                 if read_time is None:              # the first time decides for all
@@ -271,16 +271,15 @@ def read_file(path, columns=None):
 
 
 def read_titles(path):
-    """{raw item id: title} of a text file: its columns of known names, or the first ones."""
+    """{raw item id: title} of a text file: its columns of known names, else its first two."""
     titles, rows = {}, read_rows(path)
     line, first = next(rows)
-    i, t = find_name(column_names(first), ITEM_NAMES), find_name(column_names(first), TITLE_NAMES)
-    if t is None:
+    names = column_names(first)
+    i, t = find_name(names, [*ITEM_NAMES, "id"]), find_name(names, TITLE_NAMES)
+    if i is None or t is None:
         i, t, rows = 0, 1, itertools.chain([(line, first)], rows)
-    elif i is None:
-        i = 1 if t == 0 else 0
     for line, row in rows:
-        if len(row) != len(first):
+        if len(row) <= max(i, t) or len(row) > len(first):
             raise DataError(f"{path}, line {line}: {len(row)} columns where the first line has "
                             f"{len(first)}: put what holds the delimiter in quotes")
         # a byte that was not UTF-8 is taken as Latin-1, in which MovieLens writes
@@ -370,10 +369,9 @@ def fetch_movielens(name, opener=urllib.request.urlopen):
 # ---- From events to sequences
 
 def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles=None):
-    """source, "ml-100k", "ml-1m" or the path of a file -> Dataset. Raises DataError.
+    """source: "ml-100k", "ml-1m" or a file; titles: a file of titles -> Dataset. Raises DataError.
 
     columns     "USER,ITEM" or "USER,ITEM,TIME": names in the header, or numbers from 1
-    titles      path of a file for read_titles
     min_count   items, then users, with fewer events are dropped, one pass each; 0 keeps all
     ties        order of a user's events of equal time: "item" by id, as the official code (a
                 pattern that a model can learn), "file" as in the file, "random" drawn from seed
@@ -392,7 +390,9 @@ def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles
         events = events._replace(titles=read_titles(titles))
         if not events.titles.keys() & set(events.item_ids):
             raise DataError(f"{titles}: no id of an item of {source}: give lines of item_id,title")
-    settings = dict(min_count=min_count, ties=ties, columns=columns, titles=titles)
+    settings = dict(min_count=min_count, ties=ties, columns=columns)
+    if ties == "random":
+        settings["seed"] = seed
     return prepare(events, source, min_count, ties, seed)._replace(settings=settings)
 
 
@@ -404,8 +404,8 @@ def prepare(events, name, min_count, ties, seed):
     for codes in (items, users):
         keep = keep[np.bincount(codes[keep])[codes[keep]] >= min_count]
     if not len(keep):
-        raise DataError(f"{name}: nobody is left with {min_count} events ({events.layout}): lower "
-                        "--min-count, or see whether these are the columns")
+        raise DataError(f"{name}: nobody is left with {min_count} events or more ("
+                        f"{events.layout or name}): lower --min-count, or check the columns")
     users, user_ids = renumber(users[keep], events.user_ids)
     items, item_ids = renumber(items[keep], events.item_ids)
     items += 1                                     # 0 is the empty history
@@ -490,7 +490,7 @@ def histories(data, split, max_len=None):
     held_out = ["test", "validation"].index(split) + 1            # events; ValueError for another
     users = np.flatnonzero(np.diff(data.offsets) >= 3)
     if not len(users):
-        raise DataError(f"{data.name}: no user has 3 events: there is nobody to evaluate on")
+        raise DataError(f"{data.name}: no user has the 3 events of a test: check the columns")
     ends = data.offsets[users + 1] - held_out
     return last_events(data, data.offsets[users], ends, max_len), data.items[ends]
 

@@ -193,7 +193,7 @@ def scan_recursive(lam, u, starts):
     left = scan_recursive(lam, u[:half], starts[:half])
     right = scan_recursive(lam, u[half:], starts[half:])
     no_wall_yet = xp.cumsum(starts[half:]) == 0
-    powers = lam.astype(complex) ** xp.arange(1, len(right) + 1)[:, None]        # (rows, H)
+    powers = lam ** xp.arange(1, len(right) + 1)[:, None]         # (rows, H), in double precision
     right += xp.where(no_wall_yet[:, None], powers * left[-1], 0)
     return xp.concatenate([left, right])
 
@@ -665,7 +665,7 @@ def save(path, params, **extra):
 
 
 def load(path):
-    """-> params, extra, as given to save. Raises OSError, ValueError where it is no such file."""
+    """-> params, extra, as given to save. Raises OSError, or ValueError if it is no such file."""
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(path) as archive:

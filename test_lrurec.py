@@ -1091,6 +1091,10 @@ def test_the_exercises_from_end_to_end(tmp_path, capfd):
         assert all(part and part not in text for part in hidden), exercise
         answers = [inspect.getsource(getattr(lrurec, name)) for name in asked]
         paths.append(write(tmp_path / f"{exercise}.py", "\n".join([text, *answers])))
+    with open(paths[0], "a") as file:              # right in any memory order
+        file.write("\ndef by_columns(name, function=linear_backward):\n"
+                   "    return lambda *a: tuple(map(np.asfortranarray, function(*a)))\n"
+                   "\nlinear_backward = by_columns(linear_backward)\n")
     assert exercise_main(paths[:2]) == 0           # each in its own process
     assert capfd.readouterr().out.count(": right\n") == 2
     out = subprocess.check_output(**python("test_lrurec.py", "train", *paths), text=True)
@@ -1234,6 +1238,9 @@ def test_arrays_of_different_lengths_are_refused():
                                  (lrurec.loss_and_grads, [1, 2], [1, 2, 3], [True, False])):
         with pytest.raises(ValueError):
             function(params, *arguments)
+    for histories in ([], [[1], []]):
+        with pytest.raises(ValueError, match="hold one event or more"):
+            train.model_scorer(params)(histories)
 
 
 @pytest.mark.parametrize("scale, shift, n_rows", [
@@ -1345,12 +1352,13 @@ def table(user="user", item="item", when="time", delimiter=",", times=("200", "1
 
 
 USERS = "user,user_id,User Id,USER-ID,uid,reviewerID,visitorid,customer_id,session_id,SessionId"
-ITEMS = "item,item_id,Item-Id,iid,movieId,video_id,sid,product_id,asin,parent_asin"
-TIMES = ("time_ms,timestamp_ms,timestamp,unixReviewTime,unix_time,date_time,event_time,created_at,"
-         "rated_at,time,ts,date").split(",")
+ITEMS = "item,item_id,Item-Id,iid,movieId,video_id,sid,product_id,asin,parent_asin,book_id,track_id"
+TIMES = ("time_ms,timestamp_ms,timestamp,event_timestamp,unixReviewTime,unix_time,date_time,"
+         "event_time,created_at,rated_at,time,ts,date,event_date").split(",")
 PLAIN, NUMBERED = table(), "200;11;1\n100;10;1\n50;10;2\n"
 FILES = [  # the file's content, and the columns where they are given
-    *[[table(user, item)] for user, item in zip(USERS.split(","), ITEMS.split(","))],
+    *[[table(user=name)] for name in USERS.split(",")],
+    *[[table(item=name)] for name in ITEMS.split(",")],
     *[[table(when=f"{coarser},{finer}", times=["8,200", "8,100", "8,50"])]
       for finer, coarser in zip(TIMES, TIMES[1:])],
     *[[table(delimiter=text)] for text in ["\t", "::", ";", "|", " "]],
@@ -1371,7 +1379,8 @@ FILES = [  # the file's content, and the columns where they are given
     ['review,user,item,time\n"a\nb",1,11,200\n,1,10,100\n,2,10,50'],
     ["session_id,user_id,item,ts\n5,1,11,200\n6,1,10,100\n7,2,10,50\n"],
     [NUMBERED, "3,2,1"], ["time;item;user\n" + NUMBERED, "3,2,1"],
-    ["a;b;c\n" + NUMBERED, "3, 2, 1"], ["a1;b;user\n" + NUMBERED, "user,b,a1"],
+    ["user1;item;c\n" + NUMBERED, "3, 2, 1"], ["a;b;c\n" + NUMBERED, "3,2,1"],
+    ["a1;b;user\n" + NUMBERED, "user,b,a1"],
 ]
 
 
@@ -1410,6 +1419,8 @@ REFUSED = [  # content, what the message says, and the columns where they are gi
     ("user_id,film1\n1,2\n", "line 1: unknown header.*user_id, film1"),
     ("1,2,2024-05-01,5\n", "line 1: .*no event user,item"), ("1,2,987654321,5\n", "line 1: "),
     ("1,2024-05-01,2,5\n", "line 1: .*no event"), ("1,NULL\n", "line 1: .*item 'NULL' cannot be"),
+    ("1,2\nNA,2\n", "line 2: user 'NA', item"), ("nan,2\n", "'nan'"), ("\\N,2\n", r"\\\\N"),
+    (b'["u1", "i1"]\n', "is JSON lines"), ("user_id,film1\n1,2\n", "no column '3'", "1,3"),
     ("user,item,time,date\n1,2,3,4\n", "line 1: a time and a date in user, item, time, date"),
     (b'[{"user": 1}]', r"is JSON, .*read_json\('FILE', dtype=False\)"),
     # and what could take much time or memory
@@ -1478,11 +1489,11 @@ def test_titles_come_from_a_file_and_ids_without_one_keep_their_id(tmp_path):
             *[f"{name}\titem\nRock, Thé\t10\n" for name in
               "title movie_title itemTitle product_title Name item_name".split()],
             "10::Rock, Thé::Action|Drama\n".encode("latin-1"), "10|Rock, Thé||\n11|||\n",
-            "id,year,title\n10,1996,\"Rock, Thé\"\n", "title;number\nRock, Thé;10\n"]:
+            "id,year,title\n10,1996,\"Rock, Thé\"\n"]:
         data = reader.load_dataset(file, 0, titles=write(titles, content))
         assert data.titles == ["", "Rock, Thé", "11"], content
     for content, message in [
-            ("10,Rock\n10\n", "line 2: 1 columns"), ("10,Rock,x\n11,Rock\n", "line 2: 2 columns"),
+            ("10,Rock\n10\n", "line 2: 1 columns"),
             ("movie,name\n7,x\n", "no id of an item of"),
             ("10,Rock\n11,Rock, The\n", "line 2: 3 columns.*in quotes"), ("", "is empty")]:
         with pytest.raises(reader.DataError, match=message):
@@ -1603,7 +1614,7 @@ def test_metrics_in_groups_are_those_of_each_user_alone_ranked_by_brute_force():
             expected[f"NDCG@{k}"] = np.mean([1 / math.log2(r + 2) if r < k else 0 for r in ranks])
         for threads in (1, 3):
             assert train.evaluate(scorer, data, "test", 3, threads) == pytest.approx(expected)
-    table = with_ties.astype(int)
+    table = with_ties.copy()
     train.evaluate(lambda seen: table[:len(seen)], data, "test")
     assert (table == with_ties).all(), "a scorer may hand out what it keeps"
 
@@ -1789,21 +1800,23 @@ def test_from_python(tmp_path):
                             ({"epochs": 2.5}, "--epochs: must be an integer from 1 .*2.5")):
         with pytest.raises(reader.DataError, match=message):
             train.fit(data, config, tmp_path / "no")
-    with pytest.raises(reader.DataError, match="toy: no user has 3 events"):
+    with pytest.raises(reader.DataError, match="toy: no user has the 3 events"):
         train.fit(dataset(range(1, 9), range(0, 9, 2), 9), {}, tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 def test_a_model_made_from_python_knows_its_data_and_goes_on_with_its_settings(tmp_path):
     file = write(tmp_path / "f", "who,what,when\n" + "".join(
-        f"u{u},i{(u + t) % 9},{-t}\n" for u in range(9) for t in range(4)))
+        f"u{u},i{(u + t) % 9},7\n" for u in range(9) for t in range(4)))
     folder = tmp_path / "r"
-    data = reader.load_dataset(file, 0, "random", columns="who,what")
+    data = reader.load_dataset(file, 0, "random", 7, "who,what,when")
     train.fit(data, {"epochs": 1, "d_model": 2, "average": 0.5}, folder)
     state, _ = train.read_run(folder)
     assert train.fit(data, {"epochs": 2}, folder, state)["config"] == {
-        **DEFAULTS, "data": file, "min_count": 0, "ties": "random", "columns": "who,what",
-        "epochs": 2, "d_model": 2, "average": 0.5, "batch_size": 700}
+        **DEFAULTS, "data": file, "min_count": 0, "ties": "random", "columns": "who,what,when",
+        "seed": 7, "epochs": 2, "d_model": 2, "average": 0.5, "batch_size": 700}
+    with pytest.raises(reader.DataError, match="seed is 8, but the data were read with 7"):
+        train.fit(data, {"seed": 8}, tmp_path / "other")
     assert run("evaluate", folder / "model.npz") == 0
     assert run("recommend", folder / "model.npz", "--user", "u3") == 0
 
@@ -1834,7 +1847,7 @@ def test_two_runs_never_share_a_folder_and_resume_takes_the_one_last_written(
     assert len(report_in(Path("runs", "toy-2"))["history"]) == 2
 
 
-def test_what_resume_says_and_does(tiny, tmp_path, refused, monkeypatch):
+def test_what_resume_says_and_does(tiny, tmp_path, refused, monkeypatch, capsys):
     out, moved = tmp_path / "r", tmp_path / "moved.csv"
     assert "no epoch saved yet" in refused("--resume", "--out", out)
     signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job ignores it
@@ -1847,13 +1860,16 @@ def test_what_resume_says_and_does(tiny, tmp_path, refused, monkeypatch):
     assert run(*again, "--epochs", 2) == 0
     assert report_in(out)["config"]["data"] == str(moved)
     assert run("evaluate", out / "model.npz", "--data", moved) == 0
-    for flag, value in (("--lr", 1), ("--seed", 9), ("--average", 0.5), ("--d-model", 4)):
+    for flag, value in (("--lr", 1), ("--seed", 9), ("--average", 0.5), ("--titles", moved)):
         assert f"{flag}: the run has" in refused(*again, flag, value)
     for change in (lambda a, e: a.pop("m/output_bias"), lambda a, e: e.pop("history"),
                    lambda a, e: e.update(step=-1), lambda a, e: e.update(history=[7])):
         edited(shutil.copy(out / "last.npz", tmp_path), out / "last.npz", change)
         assert "last.npz holds no run to resume" in refused(*again, "--epochs", 3)
         shutil.copy(tmp_path / "last.npz", out)
+    monkeypatch.setattr(lrurec, "clip_gradients", Mock(side_effect=KeyboardInterrupt()))
+    assert run(*again, "--epochs", 3) == 130
+    assert "continue with the same command" in capsys.readouterr().err
     write(moved, moved.read_text() + "\nu0,i0,99")
     for command in (again, ["evaluate", out / "model.npz", "--data", moved]):
         assert "has other events than the training had" in refused(*command)
@@ -1976,7 +1992,7 @@ def test_recommend_for_users_of_the_data(model, tmp_path, refused, capsys):
         f"a,i3,{t}\na,new,{t}\nb,new,{t}\nb,newer,{t}\n" for t in range(5)) + "c,i4,1\n")
     for flags, expected in (
             (["--all-users"], histories), (["--user", "u7"], {"u7": histories["u7"]}),
-            (["--all-users", "--data", other], {"a": ["i3", "i3"], "b": [], "c": ["i4"]})):
+            (["--all-users", "--data", other], {"a": 5 * ["i3"], "b": [], "c": ["i4"]})):
         assert run("recommend", model, *flags, "--top", 4) == 0
         head, *rows = train.csv.reader(capsys.readouterr().out.splitlines())
         best = [[user, *row] for user in expected for row in best_after(model, expected[user], 4)]
@@ -2230,9 +2246,10 @@ class StandIn:
         def call(*args, **options):
             assert np.ndarray not in map(type, args), f"{name} was given an array of the host"
             StandIn.working = True
-            result = getattr(np, name)(*args, **options)
-            StandIn.working = False
-            return self.asarray(result)
+            try:
+                return self.asarray(getattr(np, name)(*args, **options))
+            finally:
+                StandIn.working = False
         return call
 
     def asarray(self, x, dtype=None):

@@ -109,7 +109,8 @@ def evaluate(scorer, data, split, max_len=None, threads=1):
 
     def group_ranks(first):
         users = slice(first, first + GROUP)
-        scores = np.array(scorer(seen[users]), float)             # a copy: ranks uses it up
+        scores = scorer(seen[users])
+        scores = np.array(scores, np.result_type(scores, np.float32))     # a copy, used up
         return ranks(scores, seen[users], truth[users])
 
     with ThreadPoolExecutor(threads) as pool:
@@ -158,12 +159,15 @@ def fit(data, config, folder, run=None):
     params, mean (what is validated and saved as the model: the running mean of params, or params
     itself where config["average"] is 0), opt, epoch, history (a dict per epoch).
 
-    config names what differs from DEFAULTS and from how the data were read, or from the config of
-    run, a state to continue from. After every epoch folder holds model.npz (the best epoch) and
-    last.npz (all that continuing needs). Raises DataError for a wrong config, nobody to validate
-    on and a loss that is not finite.
+    config names what differs from DEFAULTS; how the data were read is known. With run, a state to
+    continue from, it names what differs from the run's config. After every epoch folder holds
+    model.npz (the best epoch) and last.npz (all that continuing needs). Raises DataError for a
+    wrong config, nobody to validate on and a loss that is not finite.
     """
     known = run["config"] if run else {"data": data.name, **data.settings}
+    for name, value in data.settings.items():
+        if config.get(name, value) != value:
+            raise DataError(f"{name} is {config[name]!r}, but the data were read with {value!r}")
     config = full_config({**known, **config})
     rows = reader.training_rows(data, config["max_len"])
     reader.histories(data, "validation")           # DataError now, not after the first epoch
@@ -437,7 +441,7 @@ def train_command(args):
     finally:
         if not args.resume and not os.path.exists(last):
             shutil.rmtree(folder)                  # a run that saved nothing leaves nothing
-            if not args.out and not os.listdir("runs"):
+            with contextlib.suppress(OSError):
                 os.rmdir("runs")
 
 
@@ -584,8 +588,10 @@ def recommend_for_users(params, model, args):
     known_item = {raw: v for v, raw in enumerate(model["item_ids"])}
     items = np.array([known_item.get(raw, 0) for raw in data.item_ids])
     users, histories = data.user_ids, []
-    for events in reader.full_histories(data, config["max_len"]):
+    for events in reader.full_histories(data):
         known = items[events][items[events] > 0]   # without items that the model does not know
+        if config["max_len"]:
+            known = known[-config["max_len"]:]
         histories.append(known if len(known) else np.array([0]))
     if args.user is not None:
         if args.user not in users:
@@ -839,8 +845,8 @@ def make_parser():
     recommending.add_argument("--top", type=number(int, 1), default=10,
                               help="number of recommendations")
     whom = recommending.add_argument
-    whom("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; without one a "
-         "session, or lines from a pipe")
+    whom("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; without one "
+         "an interactive session, or lines from a pipe")
     whom("--new-user", action="store_true", help="for a user without a history")
     whom("--user", metavar="ID", help="for this user of the data, as CSV")
     whom("--all-users", action="store_true", help="for all users of the data, as CSV")
@@ -918,9 +924,8 @@ def main(argv=None):
     sys.stderr = sys.stderr or sys.stdout
     for stream in (sys.stdin, sys.stdout, sys.stderr):            # text of any alphabet, anywhere
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")   # in a file or a pipe, on Windows too
+            encoding = None if stream.isatty() else "utf-8"       # a terminal keeps its own
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         lrurec.use_device(getattr(args, "device", "cpu"))
