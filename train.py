@@ -707,8 +707,6 @@ def inspect_command(args):
               f"{size.max():.2f}); half-life in events: median {middle:.2f}, 10 % below {low:.2f}, "
               f"10 % above {high:.2f}, longest {half_life.max():.1f}")
         print("\n".join(disk(lam)))
-    total = sum(lrurec.real_view(p).size for p in params.values())
-    print(f"{total:,} parameters (a complex one counts as two)")
 
 
 # ---- bench
@@ -835,7 +833,7 @@ def make_parser():
     evaluation = command("evaluate", evaluate_command, "print the metrics of a saved model")
     comparison = command("compare", compare_command, "print the metrics of runs, and their mean")
     recommending = command("recommend", recommend_command, "recommend for a history or for users")
-    inspection = command("inspect", inspect_command, "print eigenvalues, half-lives and sizes")
+    inspection = command("inspect", inspect_command, "print eigenvalues and half-lives")
     benchmark = command("bench", bench_command, "time training steps and single events")
     benchmark.epilog = "Profile: python -m cProfile -s tottime train.py --threads 1 --epochs 1"
     add_training_flags(training.add_argument)
