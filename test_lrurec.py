@@ -1461,6 +1461,7 @@ def test_the_layout_says_by_name_what_was_read_and_what_is_unused(tmp_path, capf
             ("user_id,iid,date,ts\n1,2,3,4\n", "user from user_id, item from iid, time from ts; "
                                                "other columns (date) unused"),
             ("1,2\n", "user from column 1, item from column 2"),
+            ("user,item\n1,2\n", "user from user, item from item"),
             ("1,2,5,3\n", "user from column 1, item from column 2, time from column 4; "
                           "other columns (column 3) unused")]:
         assert reader.load_dataset(write(tmp_path / "f", content), 0).layout == layout
@@ -1509,6 +1510,8 @@ def test_filtering_and_order(tmp_path):
     assert reader.load_dataset(path, 2, "file").items.tolist() == [2, 1, 2, 1]
     drawn = {tuple(reader.load_dataset(path, 2, "random", seed).items) for seed in range(9)}
     assert drawn == {(2, 1, 1, 2), (2, 1, 2, 1)}
+    with pytest.raises(reader.DataError, match="ties must be 'item', 'file' or 'random' .got 'no'"):
+        reader.load_dataset(path, 2, "no")
     five = reader.load_dataset(write(tmp_path / "five", "1,1\n1,2\n" * 5))
     assert len(five.items) == 10, "five events are enough"
 
