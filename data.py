@@ -172,7 +172,7 @@ def find_columns(names, place, columns=None):
     text = ", ".join(names)[:200]
     user, item, time = (find_name(names, known) for known in (USER_NAMES, ITEM_NAMES, TIME_NAMES))
     header = user is not None and item is not None
-    unknown = user is not None or item is not None or not re.search(r"\d", "".join(names))
+    no_event = user is not None or item is not None or not re.search(r"\d", "".join(names))
     if columns:
         by_number = all(column.isdecimal() for column in columns)
         labels = [str(k + 1) for k in range(len(names))] if by_number else names
@@ -180,7 +180,7 @@ def find_columns(names, place, columns=None):
             if column not in labels:
                 raise DataError(f"{place}: no column {column!r}: choose --columns by number from "
                                 f"1 to {len(names)}, or by name from {text}")
-        return unknown or not by_number, [labels.index(column) for column in columns]
+        return no_event or not by_number, [labels.index(column) for column in columns]
     if header:
         date = find_name(names, ["date"])
         if time is not None and names[time].lower() == "time" and date is not None:
@@ -193,7 +193,7 @@ def find_columns(names, place, columns=None):
         return True, [user, item] if time is None else [user, item, time]
     dated = any(re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d)?", name) for name in names[:-1])
     no_rating = re.match(r"\d{9}", "".join(names[2:-1]))          # of four columns: a time
-    if unknown or dated or no_rating or not 2 <= len(names) <= 4:
+    if no_event or dated or no_rating or not 2 <= len(names) <= 4:
         raise DataError(f"{place}: unknown header, or no event user,item[,[rating,]time]: {text}: "
                         "use --columns USER,ITEM[,TIME] or put a line user,item[,time] above it; "
                         "a line holds one event, not a user's whole sequence")

@@ -1141,14 +1141,18 @@ def test_pytorch_gives_the_same_logits_loss_and_gradients():
 # ---------------------------------------------------------------------------------------------
 # The model, its optimizer and its file
 
-def test_the_paper_s_recursion_agrees_with_the_loop_for_any_length_and_walls():
+def test_all_scans_agree_with_the_loops_for_any_length_and_walls():
     h = lrurec.scan_loop(np.array([0.5j]), np.array([[2], [1], [4 + 0j]]), np.array([0, 0, 1]))
     assert h.ravel().tolist() == [2, 1 + 1j, 4], "the example in the docstring"
     lam, rng = lam_of(3), np.random.default_rng(0)
-    for N, share in itertools.product((*range(1, 35), 129), (0, 0.3, 1)):
-        u, starts = compl(N, 3), rng.random(N) < share
+    for N, share in itertools.product((*range(1, 35), 127, 128, 129), (0, 0.3, 1)):
+        u, dh, starts = compl(N, 3), compl(N, 3, seed=2), rng.random(N) < share
         h = lrurec.scan_loop(lam, u, starts)
-        assert relative_error(lrurec.scan_recursive(lam, u, starts), h) < 1e-12, N
+        for scan in (lrurec.scan, lrurec.scan_recursive):
+            assert relative_error(scan(lam, u, starts), h) < 1e-12, (scan.__name__, N)
+        expected = lrurec.scan_backward_loop(dh, lam, h, starts)
+        for a, b in zip(lrurec.scan_backward(dh, lam, h, starts), expected):
+            assert a.shape == b.shape and relative_error(a, b) < 1e-12, N
 
 
 def test_float32_stays_exact_over_a_very_long_history():
@@ -1193,15 +1197,22 @@ def test_initial_values(max_phase):
             assert abs(parts).max() <= 0.04 and parts.std() == pytest.approx(0.0176, rel=error)
 
 
-def test_sizes_and_types_by_default():
-    for sizes, (V, D, H, F) in (((6,), (6, 64, 128, 256)), ((6, 4, 3, 5), (6, 4, 3, 5))):
-        params = lrurec.init_params(*sizes)
-        p = lrurec.blocks(params)[1]
-        assert params["item_embedding"].shape == (V + 1, D) and len(lrurec.blocks(params)) == 2
-        assert p["lru.B"].shape == (D, H) and p["ffn.W1"].shape == (D, F)
-        for name, value in params.items():
-            is_complex = name.endswith((".B", ".b_B", ".C"))
-            assert value.dtype == (np.complex64 if is_complex else np.float32), name
+def test_the_names_shapes_and_types_that_the_contract_names():
+    block = {"lru.nu_log": "H", "lru.theta_log": "H", "lru.gamma_log": "H", "lru.B": "DH",
+             "lru.b_B": "H", "lru.C": "HD", "lru.b_C": "D", "lru_norm.scale": "D",
+             "lru_norm.shift": "D", "ffn.W1": "DF", "ffn.b1": "F", "ffn.W2": "FD", "ffn.b2": "D",
+             "ffn_norm.scale": "D", "ffn_norm.shift": "D"}
+    expected = {"item_embedding": "VD", "embedding_norm.scale": "D", "embedding_norm.shift": "D",
+                **{f"blocks.0.{name}": shape for name, shape in block.items()},
+                **{f"blocks.1.{name}": shape for name, shape in block.items()}, "output_bias": "V"}
+    params, letters = lrurec.init_params(6, 4), {7: "V", 4: "D", 8: "H", 16: "F"}
+    assert expected == {
+        name: "".join(letters[size] for size in p.shape) for name, p in params.items()}
+    for name, p in params.items():
+        is_complex = name.endswith((".B", ".b_B", ".C"))
+        assert p.dtype == (np.complex64 if is_complex else np.float32), name
+    assert lrurec.init_params(6, 4, 3, 5)["blocks.1.ffn.W1"].shape == (4, 5)
+    assert lrurec.init_params(6)["item_embedding"].shape == (7, 64)
 
 
 def test_gelu_layer_norm_and_score_against_their_definitions():
@@ -1326,6 +1337,29 @@ def test_decay_groups_and_clipping():
     for max_norm, factor in ((10, 1), (1, 1 / (5 + 1e-6))):
         assert lrurec.clip_gradients(grads, max_norm) == pytest.approx(5)
         assert grads["a"][0] == 3 * factor and grads["b"][0] == 4j * factor
+
+
+def test_save_and_load(tmp_path):
+    params, extra = tiny_params(), {"note": {"a": [1, 2.5, "ü"]}, "none": None}
+    lrurec.save(tmp_path / "m.npz", params, **extra)
+    again, extra_again = lrurec.load(tmp_path / "m.npz")
+    assert list(again) == list(params) and extra_again == extra
+    assert all((again[name] == params[name]).all() for name in params)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "f"
+    write(path, "old")
+    write(tmp_path / "f.part", "what a killed run left, longer than new")
+    with pytest.raises(OSError) as error, lrurec.whole_file(path) as file:
+        file.write(b"ne")
+        raise OSError(errno.ENOSPC, "full")
+    assert error.value.filename == str(path)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
+    with lrurec.whole_file(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["f"]
 
 
 def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
