@@ -123,6 +123,8 @@ def read_rows(path):
         raise DataError(f"{path} is empty: it needs lines of user,item[,time]")
     unquoted = re.sub('"[^"]*"', "", first).strip(" \r\n")
     candidates = ["\t", "::", max(";,|", key=unquoted.count), " "]
+    if unquoted.count("::") == 1 and "," in unquoted:             # a name: Foo::Bar,7
+        candidates.remove("::")
     delimiter = next((text for text in candidates if text in unquoted), None)
     if delimiter is None:
         raise DataError(f"{path}, line {begin}: no delimiter in {first.strip()[:60]!r}: separate "
@@ -154,8 +156,8 @@ TITLE_NAMES = "title movietitle itemtitle producttitle name itemname".split()
 
 
 def column_names(row):
-    """The fields of a first row as names of columns, printable; RecBole writes name:type."""
-    names = [printable(field.partition(":")[0].strip()) for field in row]
+    """The fields of a first row as names of columns, printable, without RecBole's types."""
+    names = [printable(re.sub(":(token|float)(_seq)?$", "", field.strip())) for field in row]
     while names and not names[-1]:                 # a delimiter at the end makes no column
         names.pop()
     return names
@@ -191,12 +193,12 @@ def find_columns(names, place, columns=None):
                   "are taken in file order; if one of the columns is the time, use --columns "
                   "USER,ITEM,TIME", file=sys.stderr)
         return True, [user, item] if time is None else [user, item, time]
-    dated = any(re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d)?", name) for name in names[:-1])
+    dated = any(re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?", name) for name in names[:-1])
     no_rating = re.match(r"\d{9}", "".join(names[2:-1]))          # of four columns: a time
     if no_event or dated or no_rating or not 2 <= len(names) <= 4:
         raise DataError(f"{place}: unknown header, or no event user,item[,[rating,]time]: {text}: "
-                        "use --columns USER,ITEM[,TIME] or put a line user,item[,time] above it; "
-                        "a line holds one event, not a user's whole sequence")
+                        "if it is an event, put a line such as user,item,time above it; else use "
+                        "--columns USER,ITEM[,TIME]; one line, one event, not a user's whole sequence")
     return False, {2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 3]}[len(names)]
 
 
@@ -373,8 +375,7 @@ def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles
 
     columns     "USER,ITEM" or "USER,ITEM,TIME": names in the header, or numbers from 1
     min_count   items, then users, with fewer events are dropped, one pass each; 0 keeps all
-    ties        order of a user's events of equal time: "item" by id, as the official code (a
-                pattern that a model can learn), "file" as in the file, "random" drawn from seed
+    ties        order of events of equal time: "item" by id, as officially, "file", "random" by seed
     """
     if ties not in ("item", "file", "random"):
         raise DataError(f"ties must be 'item', 'file' or 'random' (got {ties!r})")
@@ -416,9 +417,8 @@ def prepare(events, name, min_count, ties, seed):
     digest = hashlib.sha256(np.concatenate([items, offsets]).astype("<i8", copy=False))
     for raw in item_ids:
         digest.update(b"\0" + raw.encode())
-    item_ids = [""] + item_ids
-    titles = [events.titles.get(raw) or raw for raw in item_ids]
-    return Dataset(name, items, offsets, user_ids, item_ids, titles, digest.hexdigest(),
+    titles = [""] + [events.titles.get(raw) or raw for raw in item_ids]
+    return Dataset(name, items, offsets, user_ids, [""] + item_ids, titles, digest.hexdigest(),
                    events.layout)
 
 
@@ -455,7 +455,7 @@ def training_rows(data, max_len=None):
     lengths = np.where(lengths >= 3, lengths - 2, lengths)        # the last two are held out
     begin = np.concatenate([[0], np.cumsum(lengths)])             # (users + 1,) in rows
     position = np.arange(begin[-1]) - np.repeat(begin[:-1], lengths)
-    targets = data.items[np.repeat(data.offsets[:-1], lengths) + position]
+    targets = data.items[np.repeat(data.offsets[:-1], lengths) + position].astype(np.int64)
     items = np.where(position == 0, 0, np.roll(targets, 1))
     remaining = np.repeat(lengths, lengths) - position            # rows to the user's end
     begins = position == 0                                        # a window begins

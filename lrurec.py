@@ -154,7 +154,7 @@ def _random_bytes(shape, rng):
 
 def scan_loop(lam, u, starts):
     """The definition: h_n = lam * h_{n-1} + u_n, where h before a wall is 0.
-    lam (H,), u (N, H), starts (N,) bool -> h (N, H)
+    lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex
     Three rows with a wall before row 2, and lam = i/2:  u = 2, 1, 4  gives  h = 2, 1 + i, 4.
     """
     h = u.copy()
@@ -201,9 +201,9 @@ def scan_recursive(lam, u, starts):
 def scan(lam, u, starts):
     """What the model uses: O(N) work in O(log N) array operations. Shapes as in scan_loop.
 
-    Rows 2i and 2i+1 are a pair. Putting h_{2i} into h_{2i+1} leaves the odd rows alone:
-    h_{2i+1} = lam^2 h_{2i-1} + (lam u_{2i} + u_{2i+1}), the same recurrence at half the length. A
-    wall in either row is a wall of the pair; one before row 2i+1 also drops lam u_{2i}. Solve it by
+    Rows 2m and 2m+1 are a pair. Putting h_{2m} into h_{2m+1} leaves the odd rows alone:
+    h_{2m+1} = lam^2 h_{2m-1} + (lam u_{2m} + u_{2m+1}), the same recurrence at half the length. A
+    wall in either row is a wall of the pair; one before row 2m+1 also drops lam u_{2m}. Solve it by
     this very function; then one plain step leads from each odd row to the even row after it (Brent
     and Kung, 1982). Powers of lam are in double precision, since squaring doubles their error.
     """
@@ -214,7 +214,7 @@ def scan(lam, u, starts):
     if starts[1:].all():                           # no row looks back; so N = 1 ends the recursion
         return u.copy()
     N, a = len(u), lam.astype(u.dtype)
-    pairs = a * u[0:N - 1:2]                       # lam u_{2i}, and below + u_{2i+1}: (N // 2, H)
+    pairs = a * u[0:N - 1:2]                       # lam u_{2m}, and below + u_{2m+1}: (N // 2, H)
     pairs[starts[1::2]] = 0
     pairs += u[1::2]
     h = u.copy()
@@ -226,7 +226,7 @@ def scan(lam, u, starts):
 
 
 def scan_backward(dh, lam, h, starts):
-    """What the model uses: scan_backward_loop, by the fast scan. dh (N, H): the gradient of h_n
+    """What the model uses: the gradients of scan, at its cost. dh (N, H): the gradient of h_n
     through row n's own output; lam (H,), h (N, H), starts (N,) -> dlam (H,), du (N, H)
     Derivative: read from the last row to the first, g_n = dh_n + conj(lam) g_{n+1} is a scan with
     conj(lam). Row n takes nothing from row n+1 where starts[n+1] is set: the walls move by one row.

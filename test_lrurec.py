@@ -198,8 +198,7 @@ def check(name, function, arguments, expected, outputs=None, may_change=(), note
 
 CHANGES = [  # kinds of arrays (f and c: numbers, b: starts), hint, what they become
     ("fc", "{} is missing: this is what 1 in its place gives", np.ones_like),
-    ("fc", "a conjugate is missing, or one too many: this is what conj({}) in its place gives",
-     np.conj),
+    ("fc", "a conjugate is missing, or one too many: {0} for conj({0}), or the reverse", np.conj),
     ("fc", "the terms with {} are missing (in a block: a branch)", np.zeros_like),
     ("fc", "the sign: this is what -{} in its place gives", np.negative),
     ("b", "the walls are ignored", np.zeros_like),
@@ -815,6 +814,9 @@ def exercise_main(arguments):
             print(f"{name}: {split_docstring(name)[1]}\n")
         return 0
     files = rest if command == "train" else arguments
+    if len(files) > 1 and set(files) & set(EXERCISES):
+        print("test_lrurec.py: one exercise at a time, or files of answers", file=sys.stderr)
+        return 2
     for path in files:
         if not (path.endswith(".py") and os.path.isfile(path)):
             print(f"test_lrurec.py: {path!r} is neither an exercise nor a .py file; the exercises: "
@@ -997,7 +999,7 @@ def adamw_with(late=0, inside=0, bias=1):
 
 
 LINEAR, GELU, NORM, DROPOUT, CE, C_IN, C_OUT, LAM, _, SCAN, LRU, BLOCK, *_ = GRADERS
-MISSING, CONJ = "{} is missing: this is what 1 in", "this is what conj({}) in its place gives"
+MISSING, CONJ = "{} is missing: this is what 1 in", "one too many: {0} for conj({0}), or"
 BRANCH, ONLY = "the terms with {} are missing", "only the terms with {} are there"
 IGNORED, SHIFTED, LOOP = "walls are ignored", "shifted by a row", "values, but it is N steps long"
 WRONG_VERSIONS = [  # function, a wrong version of it, which is given ours first, part of the hint
@@ -1126,6 +1128,7 @@ def test_lists_hints_and_a_wrong_name(capsys):
     for arguments, code, part in [([], 0, "complex_in_backward, complex_out_backward"),
                                   (["gelu", "--hint"], 0, "a sigmoid's slope is s (1 - s)"),
                                   (["step", "--hint"], 0, "one step of the recurrence"),
+                                  (["gelu", "scan"], 2, "one exercise at a time"),
                                   (["no_such"], 2, "neither an exercise nor a .py file")]:
         assert exercise_main(arguments) == code
         captured = capsys.readouterr()
@@ -1495,6 +1498,7 @@ def test_the_layout_says_by_name_what_was_read_and_what_is_unused(tmp_path, capf
             ("user_id,iid,date,ts\n1,2,3,4\n", "user from user_id, item from iid, time from ts; "
                                                "other columns (date) unused"),
             ("1,2\n", "user from column 1, item from column 2"),
+            ("u:1,i:2,3\n", "user from column 1, item from column 2, time from column 3"),
             ("user,item\n1,2\n", "user from user, item from item"),
             ("1,2,5,3\n", "user from column 1, item from column 2, time from column 4; "
                           "other columns (column 3) unused")]:
@@ -1515,6 +1519,8 @@ def test_ids_are_any_text_in_the_order_of_numbers_where_all_are(tmp_path):
         content = "".join(f'"{raw}","{raw}"\n' for raw in lines.split())
         data = reader.load_dataset(write(tmp_path / "f", "user,item\n" + content), 0)
         assert data.item_ids[1:] == data.user_ids == ordered.split()
+    data = reader.load_dataset(write(tmp_path / "f", "0,Foo::Bar\n0,Baz\n"), 0)
+    assert data.item_ids == ["", "Baz", "Foo::Bar"]
 
 
 def test_titles_come_from_a_file_and_ids_without_one_keep_their_id(tmp_path):
@@ -1654,14 +1660,19 @@ def test_metrics_in_groups_are_those_of_each_user_alone_ranked_by_brute_force():
     table = with_ties.copy()
     train.evaluate(lambda seen: table[:len(seen)], data, "test")
     assert (table == with_ties).all(), "a scorer may hand out what it keeps"
+    assert (train.evaluate(lambda seen: table[:len(seen)].tolist(), data, "test")
+            == train.evaluate(lambda seen: table[:len(seen)], data, "test"))
+    with pytest.raises(ValueError, match="must be .users, V.1., .16, 61. .got .16, 9.."):
+        train.evaluate(lambda seen: table[:len(seen), :9], data, "test")
 
 
 def test_markov_and_popularity_by_hand():
-    data = dataset([1, 2, 3, 1, 1] + [2, 3, 2, 1, 1], [0, 5, 10], 3)
+    data = dataset([1, 2, 3, 1, 1] + [2, 3, 2, 1, 1], [0, 5, 10], 99)
+    data = data._replace(items=data.items.astype(np.int8))         # too small for pairs of items
     scorers = train.baseline_scorers(data)
-    assert scorers["popularity"]([[2]])[0].tolist() == [0, 1, 3, 2]
-    markov = scorers["markov"]([[2], [3], [1], [1, 2]])
-    assert markov[0] == pytest.approx([0, 1 / 7, 3 / 7, 2 + 2 / 7])
+    assert scorers["popularity"]([[2]])[0, :4].tolist() == [0, 1, 3, 2]
+    markov = scorers["markov"]([data.items[5:6], [3], [1], [1, 2]])
+    assert markov[0, :4] == pytest.approx([0, 1 / 7, 3 / 7, 2 + 2 / 7])
     assert markov[1].argmax() == 2 and markov[2].argmax() == 2 and (markov[3] == markov[0]).all()
 
 
@@ -1676,7 +1687,7 @@ SHOWN = "Recall@5 Recall@10 Recall@20 NDCG@5 NDCG@10 NDCG@20 MRR".split()
 def test_a_whole_tiny_run_until_patience_ends_it(tmp_path, capsys):
     events = [f"u{u},i{(u + t) % 40},{t // 3}\n" for u in range(30) for t in range(12)]
     file = write(tmp_path / "f", "who,what,when\nu0,rare,9\nu1,rare,9\n" + "".join(events))
-    titles, out = write(tmp_path / "t", "i1,The One\ni2,Two\n"), tmp_path / "run"
+    titles, out = write(tmp_path / "t", ",None\ni1,The One\ni2,Two\n"), tmp_path / "run"
     settings = {"data": file, "columns": "who,what,when", "ties": "random", "min_count": 2,
                 "titles": titles, "max_len": 4, "epochs": 40, "patience": 3, "seed": 3,
                 "d_model": 8, "batch_size": 8, "lr": 0.02, "dropout": 0.1, "out": str(out)}
@@ -1687,7 +1698,7 @@ def test_a_whole_tiny_run_until_patience_ends_it(tmp_path, capsys):
                               "digest": data.digest}
     assert train.DEFAULTS == DEFAULTS and report["config"] == {**DEFAULTS, **settings}
     params, extra = train.read_model(out / "model.npz")
-    assert extra["titles"] == data.titles and data.titles[2] == "The One"
+    assert extra["titles"] == data.titles and data.titles[:3:2] == ["", "The One"]
     assert lrurec.load(out / "last.npz")[1]["step"] == 12 * len(history), "3 windows a user, in 8s"
     scorers = {"LRURec": train.model_scorer(params), **train.baseline_scorers(data)}
     tests = {"LRURec": report["test"], **report["baselines"]}
@@ -1847,8 +1858,17 @@ def test_a_model_made_from_python_knows_its_data_and_goes_on_with_its_settings(t
         f"u{u},i{(u + t) % 9},7\n" for u in range(9) for t in range(4)))
     folder = tmp_path / "r"
     data = reader.load_dataset(file, 0, "random", 7, "who,what,when")
-    train.fit(data, {"epochs": 1, "d_model": 2, "average": 0.5}, folder)
-    state, _ = train.read_run(folder)
+    folder.mkdir()
+    write(folder / "metrics.json", "of an older model")
+    state = train.fit(data, {"epochs": 1, "d_model": 2, "average": 0.5}, folder)
+    assert sorted(os.listdir(folder)) == ["last.npz", "model.npz"]
+    for setting, value in (("d_model", 4), ("n_blocks", 1), ("average", 0), ("lr", 1e-3)):
+        with pytest.raises(reader.DataError, match=f"--{setting.replace('_', '-')}: the run has"):
+            train.fit(data, {setting: value}, folder, state)
+    for wrong in ((data._replace(digest="other"), {}, folder, state), (data, {}, tmp_path, state)):
+        with pytest.raises(reader.DataError, match="must be the data and the folder of the run"):
+            train.fit(*wrong)
+    state = train.read_run(folder)
     assert train.fit(data, {"epochs": 2}, folder, state)["config"] == {
         **DEFAULTS, "data": file, "min_count": 0, "ties": "random", "columns": "who,what,when",
         "seed": 7, "epochs": 2, "d_model": 2, "average": 0.5, "batch_size": 700}
@@ -1996,11 +2016,13 @@ def model(tmp_path_factory):
     return folder / "run" / "model.npz"
 
 
-def best_after(model, raw_ids, top):
-    """What to recommend after these raw ids, by hand: a list of [rank, raw id, title, score]."""
+def best_after(model, raw_ids, top, longest=99):
+    """What to recommend after these raw ids, by hand: a list of [rank, raw id, title, score].
+    The model sees the longest last ones, and none of them is recommended."""
     params, extra = train.read_model(model)
     history = [extra["item_ids"].index(raw) for raw in raw_ids] or [0]
-    hidden = lrurec.encode(params, history, np.zeros(len(history), bool))
+    recent = history[-longest:]
+    hidden = lrurec.encode(params, recent, np.zeros(len(recent), bool))
     scores = lrurec.score(params, hidden[-1])
     best = sorted(set(range(1, 15)) - set(history), key=lambda v: -scores[v])[:top]
     return [[str(n), extra["item_ids"][v], extra["titles"][v], scores[v]]
@@ -2023,7 +2045,7 @@ def test_recommend_for_a_history(model, capsys):
 def test_recommend_for_users_of_the_data(model, tmp_path, refused, capsys):
     data = reader.load_dataset(train.read_model(model)[1]["config"]["data"])
     histories = {user: [data.item_ids[v] for v in events]         # of 30 users: two groups
-                 for user, events in zip(data.user_ids, reader.full_histories(data, 5))}
+                 for user, events in zip(data.user_ids, reader.full_histories(data))}
     # others' data: what the model does not know is left out; who has nothing else is a new user
     other = write(tmp_path / "other.csv", "user,item,time\n" + "".join(
         f"a,i3,{t}\na,new,{t}\nb,new,{t}\nb,newer,{t}\n" for t in range(5)) + "c,i4,1\n")
@@ -2032,7 +2054,8 @@ def test_recommend_for_users_of_the_data(model, tmp_path, refused, capsys):
             (["--all-users", "--data", other], {"a": 5 * ["i3"], "b": [], "c": ["i4"]})):
         assert run("recommend", model, *flags, "--top", 4) == 0
         head, *rows = train.csv.reader(capsys.readouterr().out.splitlines())
-        best = [[user, *row] for user in expected for row in best_after(model, expected[user], 4)]
+        best = [[user, *row] for user in expected
+                for row in best_after(model, expected[user], 4, 5)]
         assert head == ["user", "rank", "item", "title", "score"]
         assert [row[:4] for row in rows] == [row[:4] for row in best]
         scores = [float(row[4]) for row in rows]

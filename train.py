@@ -109,7 +109,10 @@ def evaluate(scorer, data, split, max_len=None, threads=1):
 
     def group_ranks(first):
         users = slice(first, first + GROUP)
-        scores = scorer(seen[users])
+        scores = np.asarray(scorer(seen[users]))
+        shape = len(seen[users]), len(data.item_ids)
+        if scores.shape != shape:
+            raise ValueError(f"a scorer's scores must be (users, V+1), {shape} (got {scores.shape})")
         scores = np.array(scores, np.result_type(scores, np.float32))     # a copy, used up
         return ranks(scores, seen[users], truth[users])
 
@@ -145,7 +148,8 @@ def baseline_scorers(data):
     def by_markov(seen):
         scores = np.tile(fraction, (len(seen), 1))
         for user, history in enumerate(seen):
-            first, end = np.searchsorted(pairs, [history[-1] * size, (history[-1] + 1) * size])
+            last = int(history[-1])
+            first, end = np.searchsorted(pairs, [last * size, (last + 1) * size])
             scores[user, pairs[first:end] % size] += counts[first:end]
         return scores
 
@@ -165,10 +169,14 @@ def fit(data, config, folder, run=None):
     wrong config, nobody to validate on and a loss that is not finite.
     """
     known = run["config"] if run else {"data": data.name, **data.settings}
-    for name, value in data.settings.items():
-        if config.get(name, value) != value:
-            raise DataError(f"{name} is {config[name]!r}, but the data were read with {value!r}")
     config = full_config({**known, **config})
+    for name, value in data.settings.items():
+        if config[name] != value:
+            raise DataError(f"{name} is {config[name]!r}, but the data were read with {value!r}")
+    if run:
+        check_unchanged(config, run)
+        if data.digest != run["digest"] or not os.path.exists(os.path.join(folder, "model.npz")):
+            raise DataError(f"{data.name} and {folder} must be the data and the folder of the run")
     rows = reader.training_rows(data, config["max_len"])
     reader.histories(data, "validation")           # DataError now, not after the first epoch
     if config["batch_size"] is None:
@@ -180,7 +188,7 @@ def fit(data, config, folder, run=None):
                                     rng=np.random.default_rng(config["seed"]))
         mean = {name: p.copy() for name, p in params.items()} if config["average"] else params
         run = {"params": params, "mean": mean, "opt": lrurec.adamw_init(params), "epoch": 0,
-               "history": []}
+               "history": [], "digest": data.digest}
     run["config"] = config
     os.makedirs(folder, exist_ok=True)
     with ThreadPoolExecutor(config["threads"]) as pool:
@@ -194,6 +202,15 @@ def fit(data, config, folder, run=None):
             write_run(folder, run, data, validation)
             print(line, flush=True)                # what is printed is saved
     return run
+
+
+def check_unchanged(config, run):
+    """DataError where config differs from the run's in more than may change on the way."""
+    free = "epochs", "patience", "data", "threads"
+    for name in config:
+        if name not in free and config[name] != run["config"][name]:
+            raise DataError(f"--{name.replace('_', '-')}: the run has {run['config'][name]}: leave "
+                            "it out, or start a new run")
 
 
 def best_epoch(run):
@@ -305,6 +322,8 @@ def write_run(folder, run, data, validation):
     """model.npz, if this epoch is the best, then last.npz. Raises OSError."""
     common = {"config": run["config"], "digest": data.digest, "epoch": run["epoch"]}
     if run["epoch"] == best_epoch(run):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, "metrics.json"))       # of the model before
         lrurec.save(os.path.join(folder, "model.npz"), run["mean"], **common,
                     validation=validation, item_ids=data.item_ids, titles=data.titles)
     arrays, opt = dict(run["params"]), run["opt"]
@@ -324,13 +343,13 @@ def reading(path, failure):
 
 
 def read_run(folder):
-    """What write_run wrote into last.npz -> run, digest of its data. Raises DataError."""
+    """What write_run wrote into last.npz -> run. Raises DataError."""
     path = os.path.join(folder, "last.npz")
     if not os.path.exists(path):
         raise DataError(f"{folder} has no epoch saved yet: start in a new folder, without --resume")
     with reading(path, "no run to resume: start a new one"):
         arrays, extra = lrurec.load(path)
-        run = {name: extra[name] for name in ("epoch", "history")}
+        run = {name: extra[name] for name in ("epoch", "history", "digest")}
         config = run["config"] = full_config(extra["config"])
         names = [name for name in arrays if "/" not in name]
         params, mean, m, v = ({name: arrays[kind + name] for name in names}
@@ -339,7 +358,7 @@ def read_run(folder):
                    opt={"step": extra["step"], "m": m, "v": v})
         if not best_epoch(run) <= run["epoch"] == len(run["history"]) <= extra["step"]:
             raise ValueError("epoch, history and step do not fit together")
-    return run, extra["digest"]
+    return run
 
 
 def read_model(path):
@@ -447,15 +466,11 @@ def train_command(args):
 
 def resumed(folder, args):
     """The run in folder -> config, data, run. Raises DataError."""
-    run, digest = read_run(folder)
+    run = read_run(folder)
     config = full_config(run["config"], args.argv)
-    free = "epochs", "patience", "data", "threads"
-    for name in config:
-        if name not in free and config[name] != run["config"][name]:
-            raise DataError(f"--{name.replace('_', '-')}: the run has {run['config'][name]}: leave "
-                            "the flag out, or start a new run")
+    check_unchanged(config, run)
     _, model = read_model(os.path.join(folder, "model.npz"))
-    return config, load_data(config, digest=digest)._replace(titles=model["titles"]), run
+    return config, load_data(config, digest=run["digest"])._replace(titles=model["titles"]), run
 
 
 def train_and_test(folder, config, data, run=None):
@@ -587,11 +602,9 @@ def recommend_for_users(params, model, args):
     data = load_data(config)
     known_item = {raw: v for v, raw in enumerate(model["item_ids"])}
     items = np.array([known_item.get(raw, 0) for raw in data.item_ids])
-    users, histories = data.user_ids, []
+    users, histories, longest = data.user_ids, [], config["max_len"] or len(data.items)
     for events in reader.full_histories(data):
         known = items[events][items[events] > 0]   # without items that the model does not know
-        if config["max_len"]:
-            known = known[-config["max_len"]:]
         histories.append(known if len(known) else np.array([0]))
     if args.user is not None:
         if args.user not in users:
@@ -602,7 +615,8 @@ def recommend_for_users(params, model, args):
     writer.writerow(["user", "rank", "item", "title", "score"])
     for first in range(0, len(users), GROUP):
         seen = histories[first:first + GROUP]
-        for user, best in zip(users[first:], best_items(scorer(seen), seen, args.top)):
+        scores = scorer([history[-longest:] for history in seen])
+        for user, best in zip(users[first:], best_items(scores, seen, args.top)):
             for rank, (v, score) in enumerate(best, 1):
                 item, title = model["item_ids"][v], model["titles"][v]
                 writer.writerow([user, rank, item, title, f"{score:.4f}"])
