@@ -197,8 +197,8 @@ def find_columns(names, place, columns=None):
     no_rating = re.match(r"\d{9}", "".join(names[2:-1]))          # of four columns: a time
     if no_event or dated or no_rating or not 2 <= len(names) <= 4:
         raise DataError(f"{place}: unknown header, or no event user,item[,[rating,]time]: {text}: "
-                        "if it is an event, put a line such as user,item,time above it; else use "
-                        "--columns USER,ITEM[,TIME]; one line, one event, not a user's whole sequence")
+                        "if it is an event, put a line user,item,time above it, else use --columns "
+                        "USER,ITEM[,TIME]; a line holds one event, not a user's whole sequence")
     return False, {2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 3]}[len(names)]
 
 
