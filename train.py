@@ -168,15 +168,7 @@ def fit(data, config, folder, run=None):
     model.npz (the best epoch) and last.npz (all that continuing needs). Raises DataError for a
     wrong config, nobody to validate on and a loss that is not finite.
     """
-    known = run["config"] if run else {"data": data.name, **data.settings}
-    config = full_config({**known, **config})
-    for name, value in data.settings.items():
-        if config[name] != value:
-            raise DataError(f"{name} is {config[name]!r}, but the data were read with {value!r}")
-    if run:
-        check_unchanged(config, run)
-        if data.digest != run["digest"] or not os.path.exists(os.path.join(folder, "model.npz")):
-            raise DataError(f"{data.name} and {folder} must be the data and the folder of the run")
+    config = checked_config(data, config, folder, run)
     rows = reader.training_rows(data, config["max_len"])
     reader.histories(data, "validation")           # DataError now, not after the first epoch
     if config["batch_size"] is None:
@@ -202,6 +194,20 @@ def fit(data, config, folder, run=None):
             write_run(folder, run, data, validation)
             print(line, flush=True)                # what is printed is saved
     return run
+
+
+def checked_config(data, config, folder, run):
+    """config, completed from the run or the data. Raises DataError where these disagree."""
+    known = run["config"] if run else {"data": data.name, **data.settings}
+    config = full_config({**known, **config})
+    for name, value in data.settings.items():
+        if config[name] != value:
+            raise DataError(f"{name} is {config[name]!r}, but the data were read with {value!r}")
+    if run:
+        check_unchanged(config, run)
+        if data.digest != run["digest"] or not os.path.exists(os.path.join(folder, "model.npz")):
+            raise DataError(f"{data.name} and {folder} must be the data and the folder of the run")
+    return config
 
 
 def check_unchanged(config, run):
