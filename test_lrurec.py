@@ -1127,6 +1127,7 @@ def test_a_file_cannot_stop_or_fool_the_grader(lines, message, tmp_path, capfd, 
 def test_lists_hints_and_a_wrong_name(capsys):
     for arguments, code, part in [([], 0, "complex_in_backward, complex_out_backward"),
                                   (["gelu", "--hint"], 0, "a sigmoid's slope is s (1 - s)"),
+                                  (["scan_backward"], 0, "Complex numbers: dz = dL/d(Re z)"),
                                   (["step", "--hint"], 0, "one step of the recurrence"),
                                   (["gelu", "scan"], 2, "one exercise at a time"),
                                   (["no_such"], 2, "neither an exercise nor a .py file")]:
