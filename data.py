@@ -455,7 +455,7 @@ def training_rows(data, max_len=None):
     lengths = np.where(lengths >= 3, lengths - 2, lengths)        # the last two are held out
     begin = np.concatenate([[0], np.cumsum(lengths)])             # (users + 1,) in rows
     position = np.arange(begin[-1]) - np.repeat(begin[:-1], lengths)
-    targets = data.items[np.repeat(data.offsets[:-1], lengths) + position].astype(np.int64)
+    targets = data.items[np.repeat(data.offsets[:-1], lengths) + position]
     items = np.where(position == 0, 0, np.roll(targets, 1))
     remaining = np.repeat(lengths, lengths) - position            # rows to the user's end
     begins = position == 0                                        # a window begins

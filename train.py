@@ -112,7 +112,8 @@ def evaluate(scorer, data, split, max_len=None, threads=1):
         scores = np.asarray(scorer(seen[users]))
         shape = len(seen[users]), len(data.item_ids)
         if scores.shape != shape:
-            raise ValueError(f"a scorer's scores must be (users, V+1), {shape} (got {scores.shape})")
+            raise ValueError(f"a scorer's scores must be (users, V+1), {shape} "
+                             f"(got {scores.shape})")
         scores = np.array(scores, np.result_type(scores, np.float32))     # a copy, used up
         return ranks(scores, seen[users], truth[users])
 
@@ -140,7 +141,8 @@ def baseline_scorers(data):
     popularity = np.bincount(rows.targets, minlength=size).astype(float)
     fraction = popularity / (len(rows.targets) + 1)               # < 1: it breaks ties only
     # pairs of an item and the next one, as a number, in order
-    pairs, counts = np.unique(rows.items * size + rows.targets, return_counts=True)
+    pairs = rows.items.astype(np.int64) * size + rows.targets
+    pairs, counts = np.unique(pairs, return_counts=True)
 
     def by_popularity(seen):
         return np.tile(popularity, (len(seen), 1))
@@ -608,7 +610,8 @@ def recommend_for_users(params, model, args):
     data = load_data(config)
     known_item = {raw: v for v, raw in enumerate(model["item_ids"])}
     items = np.array([known_item.get(raw, 0) for raw in data.item_ids])
-    users, histories, longest = data.user_ids, [], config["max_len"] or len(data.items)
+    users, histories = data.user_ids, []
+    longest = config["max_len"] or len(data.items)
     for events in reader.full_histories(data):
         known = items[events][items[events] > 0]   # without items that the model does not know
         histories.append(known if len(known) else np.array([0]))
