@@ -22,7 +22,7 @@ Sizes                                               Symbols
     V  items, ids 1..V; id 0 is "nothing yet"                  exp(-exp(nu_log) + i exp(theta_log))
     D  model width (64)                                 gamma  input gain, exp(gamma_log)
     H  complex state width (2 D)                        u, h   input and state of the recurrence
-    F  feed-forward width (4 D)                         dh     gradient of h_n by its own row's out
+    F  feed-forward width (4 D)                         dh     gradient of h_n by row n's output
     K  blocks (2)                                       g      dh, and what comes from later rows
 
 Walls. Where starts[n] is True the state is zero before row n: a new user begins, or a new window
@@ -46,7 +46,6 @@ import contextlib
 import json
 import math
 import os
-import zipfile
 
 import numpy as np
 
@@ -54,11 +53,14 @@ xp = np                           # what makes the arrays: NumPy, or CuPy after 
 
 
 # ---- Layers. Each forward returns (out, cache); its backward stands directly below, and returns
-# the gradients of the forward's inputs in their order.
+# the gradients of the forward's inputs in their order. Work is in place (out += b) where that reads
+# as plainly; more of it would save a few per cent of a step, and was left out on purpose.
 
 def linear_forward(x, W, b):
     """out = x W + b.    x (N, I), W (I, O), b (O,) -> out (N, O); cache = (x, W)"""
-    return x @ W + b, (x, W)
+    out = x @ W
+    out += b
+    return out, (x, W)
 
 
 def linear_backward(dout, cache):
@@ -84,7 +86,8 @@ def gelu_forward(x):
 def gelu_backward(dout, cache):
     """dout (...) -> dx (...)
     Derivative: (1 + tanh(y)) / 2 is the sigmoid of 2y, and a sigmoid's slope is s (1 - s). With
-    2y = 2c (x + a x^3) and its slope r = 2c (1 + 3a x^2): dx = dout (s + x s (1 - s) r).
+    2y = 2c (x + a x^3) and its slope r = 2c (1 + 3a x^2):
+    dx = dout (s + x s (1 - s) r) = dout s (1 + x r (1 - s)).
     """
     x, s = cache
     r = 2 * GELU_C + 6 * GELU_C * GELU_A * (x * x)
@@ -104,19 +107,21 @@ def layer_norm_forward(x, scale, shift, eps=1e-5):
     centered = x - row_mean(x)
     rstd = 1 / xp.sqrt(row_mean(centered * centered) + eps)       # (N, 1)
     xhat = centered * rstd
-    return scale * xhat + shift, (xhat, rstd, scale)
+    out = scale * xhat
+    out += shift
+    return out, (xhat, rstd, scale)
 
 
 def layer_norm_backward(dout, cache):
     """dout (N, D) -> dx (N, D), dscale (D,), dshift (D,)
     Derivative: dscale = sum over rows of dout * xhat, dshift = sum over rows of dout. With
-    dxhat = scale * dout, dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)), means taken
-    in each row. The first mean is there since x also moves the mean that is subtracted, the second
-    since x also moves rstd: the change of rstd is -rstd^2 mean(xhat * change of x).
+    dxhat = scale * dout, dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat * xhat)), means taken in
+    each row. rstd changes by -rstd^2 mean(xhat * change of x).
     """
     xhat, rstd, scale = cache
     dxhat = scale * dout
-    dx = dxhat - row_mean(dxhat) - xhat * row_mean(dxhat * xhat)
+    dx = dxhat - row_mean(dxhat)                   # x itself, and x in the mean
+    dx -= xhat * row_mean(dxhat * xhat)            # x in rstd
     dx *= rstd
     return dx, (dout * xhat).sum(0), dout.sum(0)
 
@@ -124,13 +129,14 @@ def layer_norm_backward(dout, cache):
 def dropout_forward(x, p, rng):
     """out = x * mask, mask 0 with probability p, else 1/(1-p) (inverted dropout).
     x (N, D), rng a NumPy Generator -> out (N, D); cache = mask (N, D), or None for p = 0, where
-    out is x. Each entry draws one byte: p counts as the nearest of 0/256, 1/256, ..., 255/256.
+    out is x. Each entry draws one byte, 0 to 255, and is dropped where the byte is below 256 p: so
+    p counts as the nearest of 0/256, 1/256, ..., 255/256.
     """
     if p == 0:
         return x, None
-    n_dropped = min(round(p * 256), 255)           # of the 256 values of a byte
-    mask = (_random_bytes(x.shape, rng) >= n_dropped).astype(x.dtype)
-    mask *= 256 / (256 - n_dropped)
+    dropped_bytes = min(round(256 * p), 255)       # 255: one value in 256 is always kept
+    mask = (_random_bytes(x.shape, rng) >= dropped_bytes).astype(x.dtype)
+    mask *= 256 / (256 - dropped_bytes)            # 1/(1-p)
     return x * mask, mask
 
 
@@ -205,13 +211,14 @@ def scan(lam, u, starts):
     h_{2m+1} = lam^2 h_{2m-1} + (lam u_{2m} + u_{2m+1}), the same recurrence at half the length. A
     wall in either row is a wall of the pair; one before row 2m+1 also drops lam u_{2m}. Solve it by
     this very function; then one plain step leads from each odd row to the even row after it (Brent
-    and Kung, 1982). Powers of lam are in double precision, since squaring doubles their error.
+    and Kung, 1982). The recursion ends where no row looks back: at one row, or as soon as only
+    walls are left. Powers of lam are in double precision, since squaring doubles their error.
     """
     if xp is not np:
         h = u.copy()
         _gpu_scan(lam, starts, *h.shape, h, size=h.size)
         return h
-    if starts[1:].all():                           # no row looks back; so N = 1 ends the recursion
+    if starts[1:].all():
         return u.copy()
     N, a = len(u), lam.astype(u.dtype)
     pairs = a * u[0:N - 1:2]                       # lam u_{2m}, and below + u_{2m+1}: (N // 2, H)
@@ -226,8 +233,8 @@ def scan(lam, u, starts):
 
 
 def scan_backward(dh, lam, h, starts):
-    """What the model uses: the gradients of scan, at its cost. dh (N, H): the gradient of h_n
-    through row n's own output; lam (H,), h (N, H), starts (N,) -> dlam (H,), du (N, H)
+    """What the model uses: scan_backward_loop's result, at the cost of scan.
+    dh (N, H), lam (H,), h (N, H), starts (N,) -> dlam (H,), du (N, H), as there
     Derivative: read from the last row to the first, g_n = dh_n + conj(lam) g_{n+1} is a scan with
     conj(lam). Row n takes nothing from row n+1 where starts[n+1] is set: the walls move by one row.
     du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall.
@@ -267,13 +274,18 @@ def real_view(z):
     return z.view(z.real.dtype)
 
 
+def real_rows(C):
+    """C (H, D) complex -> real (2H, D): rows of Re C and of -Im C alternately."""
+    return xp.stack([C.real, -C.imag], 1).reshape(-1, C.shape[1])
+
+
 def complex_in_forward(x, B, b):
     """out = x B + b, real in, complex out.
-    x (N, D) real, B (D, H), b (H,) complex -> out (N, H) complex
-    One real product: x times the real view of B. cache = (x, real_view(B)), of that product.
+    x (N, D) real, B (D, H), b (H,) complex -> out (N, H) complex; cache = (x, B)
+    One real product: x times the real view of B.
     """
-    out, cache = linear_forward(x, real_view(B), real_view(b))    # (N, D) -> (N, 2H)
-    return out.view(B.dtype), cache                # (N, H)
+    out, _ = linear_forward(x, real_view(B), real_view(b))        # (N, D) -> (N, 2H)
+    return out.view(B.dtype), (x, B)               # (N, H)
 
 
 def complex_in_backward(dout, cache):
@@ -281,28 +293,29 @@ def complex_in_backward(dout, cache):
     Derivative: dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout. On the real
     views this is linear_backward.
     """
-    dx, dB, db = linear_backward(real_view(dout), cache)
-    return dx, dB.view(dout.dtype), db.view(dout.dtype)
+    x, B = cache
+    dx, dB, db = linear_backward(real_view(dout), (x, real_view(B)))
+    return dx, dB.view(B.dtype), db.view(B.dtype)
 
 
 def complex_out_forward(h, C, b):
     """out = Re(h C) + b, complex in, real out.
-    h (N, H), C (H, D) complex, b (D,) real -> out (N, D) real
-    Re(h C) = Re h Re C - Im h Im C is one real product: the real view of h times W (2H, D), in
-    which rows of Re C and of -Im C take turns. cache = (real_view(h), W), of that product.
+    h (N, H), C (H, D) complex, b (D,) real -> out (N, D) real; cache = (h, C)
+    Re(h C) = Re h Re C - Im h Im C is one real product: the real view of h times real_rows(C).
     """
-    W = xp.stack([C.real, -C.imag], 1).reshape(-1, C.shape[1])    # (H, 2, D) -> (2H, D)
-    return linear_forward(real_view(h), W, b)      # (N, 2H) -> (N, D)
+    out, _ = linear_forward(real_view(h), real_rows(C), b)        # (N, 2H) -> (N, D)
+    return out, (h, C)
 
 
 def complex_out_backward(dout, cache):
     """dout (N, D) real -> dh (N, H), dC (H, D) complex, db (D,) real
-    Derivative: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout. On the real
-    views this is linear_backward, and dC = dW's rows for Re C - i times those for -Im C.
+    Derivative: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout. In
+    linear_backward of the real product, dW has the rows Re(h)^T dout and Im(h)^T dout alternately.
     """
-    dh, dW, db = linear_backward(dout, cache)      # (N, 2H), (2H, D), (D,)
-    dC = dW[0::2] - 1j * dW[1::2]
-    return dh.view(dC.dtype), dC, db
+    h, C = cache
+    dh, dW, db = linear_backward(dout, (real_view(h), real_rows(C)))
+    dC = dW[0::2] - 1j * dW[1::2]                  # (2H, D) -> (H, D)
+    return dh.view(C.dtype), dC, db
 
 
 def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
@@ -394,7 +407,7 @@ def cross_entropy_forward(logits, targets, weights):
     """loss = sum over rows of weight * (log sum_v exp(logit_v) - logit_target).
     logits (N, V+1), targets (N,) int, weights (N,) -> loss, a scalar
     cache = (exps (N, V+1), sums (N,), targets, weights), with exps = exp(logit - row maximum) and
-    sums = their sum in each row. exps takes the memory of logits, which are used up.
+    sums = their sum in each row. logits are overwritten: exps takes their memory.
     """
     rows = xp.arange(len(targets))
     logits -= logits.max(1, keepdims=True)         # the loss stays the same, and exp <= 1
@@ -409,7 +422,7 @@ def cross_entropy_backward(dloss, cache):
     """dloss, a scalar -> dlogits (N, V+1), in the memory of exps
     Derivative: dlogits = dloss * weight * (softmax(logits) - onehot(target)).
     """
-    dlogits, sums, targets, weights = cache        # as yet exps; softmax = exps / sums
+    dlogits, sums, targets, weights = cache        # still exps here; softmax = exps / sums
     dlogits *= (dloss * weights / sums)[:, None]
     dlogits[xp.arange(len(targets)), targets] -= dloss * weights
     return dlogits
@@ -448,10 +461,10 @@ def output_loss(hidden, E, output_bias, targets):
 def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=None,
                 dtype=np.float32, max_phase=1.0):
     """Fresh parameters, a dict of arrays. d_state None: 2 d_model; d_ff None: 4 d_model.
-    Eigenvalues are uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2), of which max_phase
-    is the part used: 1 is the full circle, as published; near 0 most channels start much like a
-    moving average. gamma^2 = 1 - |lam|^2. Norms start as scale 1, shift 0. All the rest is
-    normal(0, 0.02), truncated at two standard deviations.
+    Eigenvalues are uniform on the ring 0.8 <= |lam| <= 0.99 ([2], Section 3.2). max_phase is the
+    fraction of the circle that is used: 1 is all of it, as published; near 0 most channels start
+    much like a moving average. gamma^2 = 1 - |lam|^2. Norms start as scale 1, shift 0. All the
+    rest is normal(0, 0.02), truncated at two standard deviations.
     """
     rng = np.random.default_rng() if rng is None else rng
     D, H, F = d_model, d_state or 2 * d_model, d_ff or 4 * d_model
@@ -467,13 +480,17 @@ def init_params(n_items, d_model=64, d_state=None, d_ff=None, n_blocks=2, rng=No
     for k in range(n_blocks):
         radius2 = rng.uniform(0.8 ** 2, 0.99 ** 2, H)             # |lam|^2: uniform in area
         phase = 2 * math.pi * max_phase * (1 - rng.random(H))     # above 0: log is finite
-        values = [np.log(-0.5 * np.log(radius2)), np.log(phase), 0.5 * np.log(1 - radius2),
-                  normal(D, H) + 1j * normal(D, H), normal(H) + 1j * normal(H),  # B, b_B
-                  normal(H, D) + 1j * normal(H, D), normal(D),                   # C, b_C
-                  np.ones(D), np.zeros(D),                                       # lru_norm
-                  normal(D, F), normal(F), normal(F, D), normal(D), np.ones(D), np.zeros(D)]
-        for name, value in zip(BLOCK_NAMES, values):
-            params[f"blocks.{k}.{name}"] = value
+        block = {
+            "lru.nu_log": np.log(-0.5 * np.log(radius2)),         # |lam| = exp(-exp(nu_log))
+            "lru.theta_log": np.log(phase),
+            "lru.gamma_log": 0.5 * np.log(1 - radius2),
+            "lru.B": normal(D, H) + 1j * normal(D, H), "lru.b_B": normal(H) + 1j * normal(H),
+            "lru.C": normal(H, D) + 1j * normal(H, D), "lru.b_C": normal(D),
+            "lru_norm.scale": np.ones(D), "lru_norm.shift": np.zeros(D),
+            "ffn.W1": normal(D, F), "ffn.b1": normal(F),
+            "ffn.W2": normal(F, D), "ffn.b2": normal(D),
+            "ffn_norm.scale": np.ones(D), "ffn_norm.shift": np.zeros(D)}
+        params.update({f"blocks.{k}.{name}": value for name, value in block.items()})
     params["output_bias"] = normal(n_items + 1)
     ctype = np.result_type(dtype, np.complex64)
     return {name: xp.asarray(value, ctype if np.iscomplexobj(value) else dtype)
@@ -668,10 +685,6 @@ def load(path):
     """-> params, extra, as given to save. Raises OSError, or ValueError if it is no such file."""
     with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > os.path.getsize(path):   # a zip bomb: save does not compress
-                raise ValueError
             arrays = dict(np.load(file, allow_pickle=False))
             extra = json.loads(str(arrays.pop("extra")))
         except Exception:                          # a damaged file can raise many types
@@ -682,7 +695,7 @@ def load(path):
 # ---- The array backend: CuPy in place of NumPy, on request. All of the above runs on either.
 
 def use_device(device):
-    """Put all later work on "cpu" (NumPy) or "gpu" (CuPy). Raises RuntimeError if it cannot."""
+    """Put the process's later work on "cpu" (NumPy) or "gpu" (CuPy). Raises RuntimeError."""
     global xp, ROWS_PER_CHUNK, _gpu_scan, _gpu_random_bytes
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
