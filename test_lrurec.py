@@ -1970,6 +1970,7 @@ def test_initial_values(max_phase):
         for uniform in (area, turn):
             quantiles = np.quantile(uniform, [0, 0.25, 0.5, 0.75, 1])
             assert quantiles == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.04)
+            assert quantiles[[0, 4]] == pytest.approx([0, 1], abs=0.01), "the ends of the ring"
         assert np.exp(2 * p["lru.gamma_log"]) == pytest.approx(1 - abs(lam) ** 2, rel=1e-3)
     for name, p in params.items():
         parts = lrurec.real_view(p)
@@ -1978,6 +1979,7 @@ def test_initial_values(max_phase):
         elif "_log" not in name:                   # normal(0, 0.02) cut at two standard deviations
             error = 0.03 if parts.size > 2000 else 0.25
             assert abs(parts).max() <= 0.04 and parts.std() == pytest.approx(0.0176, rel=error)
+            assert len(np.unique(parts)) > 0.9 * parts.size, "a number of its own for each entry"
 
 
 def test_the_names_shapes_and_types_that_the_contract_names():
