@@ -2404,6 +2404,17 @@ def test_a_repeat_is_of_the_users_event_before_not_of_the_line_before(ties, tmp_
     assert [data.item_ids[v] for v in data.items] == "10 11 10".split(), "file order is time order"
 
 
+def test_the_order_of_lines_plays_no_part(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [f"{u},{i},{t}\n" for u, i, t in rng.integers(6, size=(150, 3))]
+    digests = set()
+    for _ in range(8):
+        path = write(tmp_path / "f", "user,item,time\n" + "".join(rng.permutation(lines)))
+        data = reader.load_dataset(path, 3)
+        digests.add((data.digest, *data.user_ids, *data.report[2:]))
+    assert len(digests) == 1 and len(data.items) > 60
+
+
 def test_windows_and_histories_by_hand():
     data = dataset(range(1, 15), [0, 7, 9, 12, 14], 14)
     rows = reader.training_rows(data, max_len=2)
@@ -3221,6 +3232,7 @@ def test_a_model_file_survives_random_edits(model, tmp_path, capsys):
             content[k:k + rng.integers(3)] = rng.bytes(2)         # changed or new
         write(path, bytes(content))
         code, (out, error) = program("recommend", path, "--new-user"), capsys.readouterr()
+        assert (out + error).replace("\n", "").isprintable(), (out, error)
         assert code == 0 or code == 2 and error.count("\n") == 1 and str(path) in error, error
 
 
