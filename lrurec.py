@@ -317,7 +317,8 @@ def complex_out_backward(dout, cache):
 
 def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
     """u = exp(gamma_log) * (x B + b_B), h_n = lam * h_{n-1} + u_n, out = Re(h C) + b_C.
-    x (N, D), nu_log, theta_log, gamma_log (H,), B (D, H), b_B (H,), C (H, D), b_C (D,), starts (N,)
+    Real: x (N, D), nu_log, theta_log, gamma_log (H,), b_C (D,); complex: B (D, H), b_B (H,),
+    C (H, D); starts (N,)
     -> out (N, D); cache: a dict of u, h, lam, gamma, starts and the caches of the layers inside
     """
     lam, lam_cache = lam_forward(nu_log, theta_log)
@@ -331,15 +332,16 @@ def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
 
 
 def lru_backward(dout, cache):
-    """dout (N, D) -> dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C, shaped as the inputs
+    """dout (N, D) -> dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C, each of its input's
+    shape and, like it, real or complex
     Derivative: the forward's lines, bottom to top. u = exp(gamma_log) z with z = x B + b_B, so u
     changes by u times the change of gamma_log: dgamma_log = Re(sum over rows of conj(u) du), and
     dz = gamma du.
     """
     dh, dC, db_C = complex_out_backward(dout, cache["out_cache"])
     dlam, du = scan_backward(dh, cache["lam"], cache["h"], cache["starts"])
-    dgamma_log = (cache["u"].conj() * du).real.sum(0)
     dz = cache["gamma"] * du
+    dgamma_log = (cache["u"].conj() * du).real.sum(0)
     dx, dB, db_B = complex_in_backward(dz, cache["in_cache"])
     dnu_log, dtheta_log = lam_backward(dlam, cache["lam_cache"])
     return dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C
@@ -534,6 +536,7 @@ def backward(dhidden, caches, E):
 def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
     """items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool, rng a NumPy
     Generator if dropout > 0 -> loss (mean over the rows with a target), grads like params
+    Raises ValueError for an item or a target outside 0..V.
     """
     items = as_ids(params, items)
     targets = as_ids(params, targets).reshape(items.shape)        # ValueError for another length
@@ -548,7 +551,7 @@ def loss_and_grads(params, items, targets, starts, dropout=0.0, rng=None):
 
 
 def encode(params, items, starts, return_state=False):
-    """items (N,), starts (N,) -> hidden (N, D), without dropout
+    """items (N,) in 0..V, starts (N,) -> hidden (N, D), without dropout
     With return_state also the state (K, segments, H) after the last row of each segment (the rows
     from one wall to the next); step continues from there.
     """
@@ -579,6 +582,7 @@ def init_state(params, n_users=1):
 def step(params, state, items):
     """One more event for each user; the state given is not changed.
     state (K, n_users, H), items (n_users,) -> hidden (n_users, D), state (K, n_users, H)
+    Raises ValueError for an item outside 0..V.
     """
     x = params["item_embedding"][as_ids(params, items).reshape(state.shape[1])]
     x, _ = layer_norm_forward(x, params["embedding_norm.scale"], params["embedding_norm.shift"])

@@ -6,7 +6,8 @@
     python test_lrurec.py                        the exercises: which are right, what is next
     python test_lrurec.py start gelu             write gelu.py: fill in the empty body
     python test_lrurec.py gelu                   print it
-    python test_lrurec.py gelu --hint            how to think about it, then the formula
+    python test_lrurec.py gelu --hint            what to ask yourself
+    python test_lrurec.py gelu --formula         the answer as a formula
     python test_lrurec.py gelu.py scan.py        grade one file or several
     python test_lrurec.py train gelu.py scan.py  train a small model with your functions
     python test_lrurec.py train --anyway gelu.py      with a wrong one too, beside the right one
@@ -31,6 +32,7 @@ Offline, and nothing but NumPy and pytest; the commands need NumPy alone. All is
 nothing else is said.
 """
 import ast
+import builtins
 import contextlib
 import copy
 import csv
@@ -55,6 +57,7 @@ import textwrap
 import time
 import traceback
 import tracemalloc
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -274,8 +277,12 @@ def tensors_of(name, function, arguments, call):
     """Call function -> what it returned by name; of adamw_update, what is in its arrays then."""
     if name != "adamw_update":
         return by_name(name, function(*arguments, **copy.deepcopy(call.options)), call.outputs)
-    written = adamw_arrays(*arguments[:3])         # before the call: it should replace none
+    written = adamw_arrays(*arguments[:3])
     function(*arguments, **call.options)
+    for label, array in adamw_arrays(*arguments[:3]).items():
+        if array is not written[label]:
+            raise Wrong(f"your {name} puts a new array in the place of {label}: write into the "
+                        "one that is there")
     return {"step": np.array(arguments[2]["step"]), **written}
 
 
@@ -329,9 +336,9 @@ def compare(given, expected, tolerance=1e-6, title="", find_hint=None):
     for key in expected if len(expected) <= SHOWN_ROWS else wrong[:1]:
         rows.append(table_row(key, given[key], expected[key], key in wrong))
     if len(expected) > SHOWN_ROWS and len(wrong) > 1:
-        rows.append(f"  and {len(wrong) - 1} more of {len(expected)}, which may rest on it")
+        rows.append(f"  and {len(wrong) - 1} more of {len(expected)}, perhaps because of this one")
     elif len(wrong) > 1:
-        rows.append(f"  first wrong: {wrong[0]}; what comes after may rest on it")
+        rows.append(f"  first wrong: {wrong[0]}; the others perhaps because of it")
     if find_hint:
         rows.append(f"  hint: {find_hint(wrong[0], given)}")
     raise Wrong("\n".join(rows))
@@ -357,35 +364,41 @@ def hint(name, call, key, given):
     """What the tensor `key` of those given looks like."""
     a, n = given[key], call.expected[key]
     if type(a) is not np.ndarray:
-        return f"it should be an array; it is {'missing' if a is None else type(a).__name__}"
+        return f"it should be an array; it is {'missing' if a is None else 'a ' + type(a).__name__}"
     if a.shape == n.shape and a.dtype == n.dtype and relative_error(a, n) < 1e-5:
         return (f"right to {round(-math.log10(relative_error(a, n)))} digits: an eps, a constant "
                 "with a digit missing, cancellation, or float32?")
-    if a.ndim == n.ndim + 1 and same(a.sum(0), n):
+    if a.ndim == n.ndim + 1 and len(a) > 1 and same(a.sum(0), n):
         return "the sum over the rows is missing"
-    for text, m in likenesses(n, named_arrays(name, call.arguments), call.expected, key):
+    right = {other: m for other, m in call.expected.items() if same(given[other], m)}
+    others = {other: m for other, m in call.expected.items() if other not in (key, *right)}
+    arrays = named_arrays(name, call.arguments)
+    for text, m in likenesses(n, arrays, others):
         if same(a, m) and not same(n, m):
             return text
     if text := form(a, n):
         return text
-    for text, m in mistakes(name, call, key):
-        if same(a, m) and not same(n, m):
+    for text, tensors in mistakes(name, call):
+        if (same(a, tensors[key]) and not same(n, tensors[key])
+                and all(same(tensors[other], m) for other, m in right.items())):
             return text
-        if same(-a, m):
-            return f"{text}; and the sign is flipped"
     factor = np.vdot(n, a).real / np.vdot(n, n).real
-    if n.size > 2 and same(a, (factor * n).astype(n.dtype)):
-        return f"a constant factor: it is {factor:.6g} times what it should be"
-    wrong = ~np.isclose(a, n, 1e-5).reshape(len(n), -1).all(1) if n.ndim else np.array([True])
-    where = "every row" if wrong.all() else f"rows {np.flatnonzero(wrong).tolist()} of {len(n)}"
+    if (n.size > 2 or round(factor, 6).is_integer()) and same(a, (factor * n).astype(n.dtype)):
+        sizes = {size for array in arrays.values() for size in array.shape}
+        remark = ""
+        if {round(factor, 9), round(1 / factor, 9)} & sizes:
+            remark = ": a mean in place of a sum, or a sum in place of a mean?"
+        return f"it is {factor:.6g} times what it should be{remark}"
+    kind = ("entries", "entries", "rows", "blocks")[n.ndim]
+    wrong = ~np.isclose(a, n, 1e-5).reshape(len(n), -1).all(1)
+    where = f"all {kind}" if wrong.all() else f"{kind} {np.flatnonzero(wrong).tolist()} of {len(n)}"
     return f"no known pattern; wrong in {where}: check each term of the formula for this tensor"
 
 
-def likenesses(n, arrays, tensors, key):
-    """(hint, array) pairs: what the tensor n, that `key` is expected to be, can be taken for."""
-    for other, m in tensors.items():
-        if other != key:
-            yield f"the order: this is {other}", m
+def likenesses(n, arrays, others):
+    """(hint, array) pairs: what a tensor that should be n can be taken for."""
+    for other, m in others.items():
+        yield f"the order: this is {other}", m
     for label, m in arrays.items():
         yield f"this is {label} itself, unchanged", m
         if m.shape == n.shape:
@@ -415,13 +428,16 @@ def form(a, n):
     return "" if a.any() else "it is all zeros"
 
 
-def mistakes(name, call, key):
-    """(hint, array) pairs: what usual mistakes give for the tensor `key`."""
+def mistakes(name, call):
+    """(hint, tensors by name) pairs: what usual mistakes give."""
     for text, function, arguments in wrong_versions(name, call.arguments):
-        try:
-            yield text, np.asarray(tensors_of(name, function, arguments, call)[key])
-        except Exception:
-            continue                               # the change makes no sense
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                tensors = tensors_of(name, function, arguments, call)
+                tensors = {key: np.asarray(tensors[key]) for key in call.expected}
+            except Exception:
+                continue                           # the change makes no sense
+        yield text, tensors
 
 
 def wrong_versions(name, arguments):
@@ -429,7 +445,8 @@ def wrong_versions(name, arguments):
     arrays = named_arrays(name, arguments)
     for kinds, text, change in ARRAY_CHANGES:
         for label, array in arrays.items():
-            if array.dtype.kind in kinds and not label.startswith(("params", "grads", "opt")):
+            if array.dtype.kind in kinds and not label.startswith(("params", "grads", "opt")) and (
+                    "][" not in label):            # of a layer inside
                 others = copy.deepcopy(arguments)
                 named_arrays(name, others)[label][...] = change(array)
                 yield text.format(label), ours(name), others
@@ -438,16 +455,15 @@ def wrong_versions(name, arguments):
 
 
 ARRAY_CHANGES = [  # kinds of arrays (f and c: numbers, b: starts), hint, what they become
-    ("fc", "the factor {} is missing: this is what 1 in its place gives", np.ones_like),
-    ("c", "a conjugate is missing, or one too many: {0} for conj({0}), or the reverse", np.conj),
-    ("c", "only the real part of {} counts: the product of imaginary parts is missing", np.real),
+    ("fc", "the factor {} is missing: 1 in its place gives your numbers", np.ones_like),
+    ("c", "only the real part of {} is used: its imaginary part counts too", np.real),
     ("fc", "1 - {0} in place of {0}", lambda z: 1 - z),
     ("b", "the walls are ignored", np.zeros_like),
     ("b", "the walls are shifted by a row", lambda starts: np.roll(starts, 1)),
     ("b", "the walls are shifted by a row", lambda starts: np.roll(starts, -1))]
 
 
-# Two of our functions as learners write them, and as mistakes are made: their code is changed
+# Some of our functions as learners write them, so that mistakes made there are found too
 
 def gelu_by_tanh(dout, cache):
     x, s = cache
@@ -461,36 +477,109 @@ def complex_in_by_conjugates(dout, cache):
     return (dout @ B.conj().T).real, x.T @ dout, dout.sum(0)
 
 
-AS_WRITTEN = {"gelu_backward": gelu_by_tanh, "complex_in_backward": complex_in_by_conjugates}
+def layer_norm_in_stages(dout, cache):
+    xhat, rstd, scale = cache
+    D, centered, dxhat = xhat.shape[1], xhat / rstd, scale * dout
+    dvar = (dxhat * centered).sum(1, keepdims=True) * (-0.5 * rstd ** 3)
+    dmean = -(dxhat * rstd).sum(1, keepdims=True)
+    dx = dxhat * rstd + dvar * 2 * centered / D + dmean / D
+    return dx, (dout * xhat).sum(0), dout.sum(0)
+
+
+def adamw_with_corrected(params, grads, opt, lr, weight_decay, betas, eps):
+    opt["step"] += 1
+    beta1, beta2 = betas
+
+    def corrected(mean, beta):
+        return mean / (1 - beta ** opt["step"])
+
+    for name in params:
+        p, g = lrurec.real_view(params[name]), lrurec.real_view(grads[name])
+        m, v = opt["m"][name], opt["v"][name]
+        m[:] = beta1 * m + (1 - beta1) * g
+        v[:] = beta2 * v + (1 - beta2) * g ** 2
+        if name.endswith(lrurec.DECAYED):
+            p *= 1 - lr * weight_decay
+        p -= lr * corrected(m, beta1) / (np.sqrt(corrected(v, beta2)) + eps)
+
+
+def scan_by_pairs(lam, u, starts):
+    if len(u) == 1:
+        return u.copy()
+    h, products = u.copy(), lam * u[:-1:2]
+    products[starts[1::2]] = 0
+    h[1::2] = scan_by_pairs(lam ** 2, products + u[1::2], starts[:-1:2] | starts[1::2])
+    products = lam * h[1:-1:2]
+    products[starts[2::2]] = 0
+    h[2::2] += products
+    return h
+
+
+def scan_by_doubling(lam, u, starts):
+    h, wall, power, d = u.copy(), starts | (np.arange(len(u)) == 0), lam, 1
+    for _ in range(int(len(u) - 1).bit_length()):
+        from_left = power * h[:-d]
+        from_left[wall[d:]] = 0
+        h[d:] += from_left
+        wall = np.concatenate([wall[:d], wall[d:] | wall[:-d]])
+        power, d = power * power, 2 * d
+    return h
+
+
+def scan_backward_by_roll(dh, lam, h, starts):
+    g = lrurec.scan(lam.conj(), dh[::-1], np.roll(starts[::-1], 1))[::-1].copy()
+    before = np.roll(h, 1, 0)
+    before[starts] = 0
+    before[0] = 0
+    return (before.conj() * g).sum(0), g
+
+
+AS_WRITTEN = {
+    "gelu_backward": [gelu_by_tanh], "layer_norm_backward": [layer_norm_in_stages],
+    "complex_in_backward": [complex_in_by_conjugates], "scan": [scan_by_pairs, scan_by_doubling],
+    "scan_backward": [scan_backward_by_roll], "adamw_update": [adamw_with_corrected]}
 
 
 @functools.cache
 def code_changes(name):
-    """(hint, function): our function with one part of its code changed, for each part."""
-    function = AS_WRITTEN.get(name, ours(name))
-    tree, found = ast.parse(inspect.getsource(function)), []
-    if ast.get_docstring(tree.body[0]):
-        del tree.body[0].body[0]
-    lines = ast.unparse(tree).splitlines()         # each statement stands in one line now
-    nodes = list(ast.walk(ast.parse("\n".join(lines))))
-    quantities = {ast.unparse(node) for node in nodes if is_quantity(node)}
-    known = set(re.findall(r"\w+", told(name))).union(CACHES.get(name, ()))
-    for node in nodes:
-        if not isinstance(node, (ast.expr, ast.stmt)) or node.lineno != node.end_lineno:
-            continue
-        line = lines[node.lineno - 1]
-        before, after = line[:node.col_offset], line[node.end_col_offset:]
-        if before + ast.unparse(node) + after != line:
-            continue                               # in an f-string: its place is not known
-        for text, code in changes(node, quantities):
-            lines[node.lineno - 1] = before + code + after
-            namespace = {**globals(), **vars(lrurec)}
-            exec("\n".join(lines), namespace)
-            if text != EXCHANGED:                  # which two is often ambiguous
-                text += with_names(node, known)
-            found.append((text, namespace[function.__name__]))
-        lines[node.lineno - 1] = line
-    return found
+    """(hint, function): our functions of that name, each with one part of its code changed."""
+    exercise = next(exercise for exercise, (_, asked) in EXERCISES.items() if name in asked)
+    known, found = words(exercise_text(exercise)), []
+    for function in [ours(name), *AS_WRITTEN.get(name, [])]:
+        tree = ast.parse(inspect.getsource(function))
+        if ast.get_docstring(tree.body[0]):
+            del tree.body[0].body[0]
+        lines = ast.unparse(tree).splitlines()     # each statement stands in one line now
+        nodes = list(ast.walk(ast.parse("\n".join(lines))))
+        quantities = {ast.unparse(node) for node in nodes if is_quantity(node)}
+        in_index = {part for node in nodes for index in indices(node) for part in ast.walk(index)}
+        for node in nodes:
+            if not isinstance(node, (ast.expr, ast.stmt)) or node.lineno != node.end_lineno:
+                continue
+            line = lines[node.lineno - 1]
+            before, after = line[:node.col_offset], line[node.end_col_offset:]
+            if before + ast.unparse(node) + after != line:
+                continue                           # in an f-string: its place is not known
+            for rank, text, code in changes(node, quantities, known, node in in_index):
+                lines[node.lineno - 1] = before + code + after
+                namespace = {**globals(), **vars(lrurec)}
+                exec("\n".join(lines), namespace)
+                found.append((rank, text, namespace[function.__name__]))
+            lines[node.lineno - 1] = line
+    found.sort(key=lambda change: change[0])       # likely ones first
+    return [(text, function) for _, text, function in found]
+
+
+def indices(node):
+    """The parts of our code that count rows: n - 1 in h[n - 1], u in len(u)."""
+    match node:
+        case ast.Subscript(_, index):
+            return [index]
+        case ast.Call(ast.Name("range" | "len"), counts):
+            return counts
+        case ast.Attribute(array, "shape"):
+            return [array]
+    return []
 
 
 def is_quantity(node):
@@ -498,26 +587,51 @@ def is_quantity(node):
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         return isinstance(node.slice.value, str) and isinstance(node.ctx, ast.Load)
     return (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-            and node.id not in {**vars(lrurec), **globals()})
+            and node.id not in {**vars(lrurec), **globals(), **vars(builtins)})
 
 
-def with_names(node, known):
-    """" (in the part with x, s)": what a learner knows of a part of our code."""
-    names = [ast.unparse(part) for part in ast.walk(node)
-             if is_quantity(part) and (not isinstance(part, ast.Name) or part.id in known)]
-    return f" (in the part with {', '.join(dict.fromkeys(names))})" if names else ""
+def changes(node, quantities, known, in_index):
+    """(0 if likely, else 1; hint; code in its place) for a part of our code. known: the words that
+    a learner has seen, and so the quantities that a hint may name."""
+    near = nearby(node, known)
+    for text, code in changed(node, in_index):
+        yield 0, text + near, code
+    if is_quantity(node) and not in_index:
+        code = ast.unparse(node)
+        yield 1, "a conjugate too many" + near, f"{code}.conj()"
+        yield 1, "a factor too many" + near, f"({code} * {code})"
+        for other in sorted(quantities - {code}):
+            this, that = (name if words(name) <= known else "something else"
+                          for name in (other, code))
+            yield 1, f"{this} stands in place of {that}".replace("'", '"'), other
+
+
+def nearby(node, known):
+    """" (near x, s)": the quantities in a part of our code."""
+    names = []
+    for part in ast.walk(node):                    # cache["u"] comes before the cache in it
+        name = ast.unparse(part) if is_quantity(part) else ""
+        if name and words(name) <= known and not any(
+                seen == name or seen.startswith(name + "[") for seen in names):
+            names.append(name)
+    return f" (near {', '.join(names[:3])})".replace("'", '"') if names else ""
+
+
+def words(text):
+    return set(re.findall(r"\w+", text))
 
 
 OPERANDS = {  # what an operator's operand is called
     ast.Add: "term", ast.Sub: "term", ast.Mult: "factor", ast.MatMult: "factor",
     ast.Div: "divisor", ast.Pow: "power", ast.BitOr: "wall"}
 SIGNS = {ast.Add: "-", ast.Sub: "+"}                     # the other one
-EXCHANGED = "one quantity stands in place of another"
 
 
-def changes(node, quantities):
-    """(hint, code in its place) for a part of our code."""
+def changed(node, in_index):
+    """(hint, code in its place) for a part of our code, by what kind of part it is."""
     match node:
+        case ast.BinOp(left, ast.Add() | ast.Sub(), ast.Constant()) if in_index:
+            yield "an index, or an end of a range, is off by one", code_of(left)
         case ast.BinOp(left, op, right) if type(op) in OPERANDS:
             what, a, b = OPERANDS[type(op)], code_of(left), code_of(right)
             yield f"a {what} is missing", a
@@ -525,21 +639,40 @@ def changes(node, quantities):
                 yield f"a {what} is missing", f"(-{b})" if isinstance(op, ast.Sub) else b
             if type(op) in SIGNS:
                 yield "the sign of a term is wrong", f"({a} {SIGNS[type(op)]} {b})"
+            if isinstance(op, ast.Pow):
+                yield "the power is one too low", f"({a} ** ({b} - 1))"
             if isinstance(op, ast.BitOr):
                 yield "'and' in place of 'or' between the walls", f"({a} & {b})"
+            if isinstance(op, ast.Add) and isinstance(left, ast.Call) and len(left.args) == 1:
+                yield "a term belongs outside the function, not inside", (
+                    f"{ast.unparse(left.func)}({ast.unparse(left.args[0])} + {b})")
+        case ast.AugAssign(_, _, ast.Constant()):
+            yield "it is counted up too late, or not at all", "pass"
         case ast.AugAssign(target, op, value):
+            target, value = ast.unparse(target), ast.unparse(value)
             yield f"a {OPERANDS[type(op)]} is missing", "pass"
-            if type(op) in SIGNS and not isinstance(value, ast.Constant):
-                yield "the sign of a term is wrong", (
-                    f"{ast.unparse(target)} {SIGNS[type(op)]}= {ast.unparse(value)}")
+            if type(op) in SIGNS:
+                yield "a term is missing: perhaps = in place of +=", f"{target} = {value}"
+                yield "the sign of a term is wrong", f"{target} {SIGNS[type(op)]}= {value}"
         case ast.Assign([ast.Subscript()], ast.Constant(0)):
-            yield "rows are not set to 0 (behind walls, or the first one)", "pass"
+            yield "rows are not set to 0: behind walls, or the first one", "pass"
         case ast.UnaryOp(ast.USub() | ast.Invert(), value):
             yield "a minus sign or a 'not' is missing", code_of(value)
         case ast.Call(ast.Attribute(value, "conj")):
             yield "a conjugate is missing", code_of(value)
+        case ast.Call(ast.Attribute(_, "at"), [array, rows, value]):
+            yield "rows that occur twice are added once: see np.add.at", (
+                f"{ast.unparse(array)}[{ast.unparse(rows)}] += {ast.unparse(value)}")
+        case ast.Call(ast.Attribute(_, "endswith")):
+            yield "a condition is missing: it holds for some names alone", "True"
+        case ast.Call(ast.Name("row_mean"), [value]):
+            yield "a sum in place of a mean", f"{code_of(value)}.sum(1, keepdims=True)"
+            yield "a step on the way is left out", code_of(value)
         case ast.Call(_, [first, *_]):
             yield "a step on the way is left out", code_of(first)
+            yield "a step on the way is left out", f"({ast.unparse(first)}, None)"    # a forward
+        case ast.Attribute(value, "sum"):
+            yield "a mean in place of a sum", f"{code_of(value)}.mean"
         case ast.Attribute(value, "real"):
             yield "the imaginary part in place of the real part", f"{code_of(value)}.imag"
             yield "the absolute value in place of the real part", f"abs{code_of(value)}"
@@ -550,15 +683,14 @@ def changes(node, quantities):
         case ast.IfExp(_, body, orelse):
             yield "a condition is missing", code_of(body)
             yield "a condition is missing", code_of(orelse)
+        case ast.Constant(int() as number) if in_index:
+            for other in (number + 1, number - 1):
+                yield "an index, or an end of a range, is off by one", f"({other})"
         case ast.Constant(int() | float() | complex() as number):
             for other in (number + 1, number - 1, 2 * number, number / 2, -number):
-                yield "a number is wrong, or an index by one", f"({other!r})"
-    if is_quantity(node):
-        code = ast.unparse(node)
-        yield "a conjugate too many", f"{code}.conj()"
-        yield "a factor too many", f"({code} * {code})"
-        for other in sorted(quantities - {code}):
-            yield EXCHANGED, other
+                yield "a number is wrong", f"({other!r})"
+        case ast.Subscript(ast.Attribute(_, "shape")):
+            yield "a division by a size is missing: a sum in place of a mean", "1"
 
 
 def code_of(node):
@@ -627,7 +759,7 @@ def dropout_calls(_):
     for p, x in ((0.4, real(5, 6)), (0, real(5, 6)), (0.2, real(8, 3))):
         yield backward_call(
             lambda: lrurec.dropout_forward(x, p, np.random.default_rng(3)),
-            {"dx": x}, note=f" for p = {p}; with p = 0 the mask is None")
+            {"dx": x}, note=f" for p = {p}" + ("" if p else ": the mask is None"))
 
 
 def cross_entropy_calls(_):
@@ -677,49 +809,41 @@ def lru_calls(_):
             note=f" with {walls_of(STARTS[:N])}")
 
 
-BLOCK_ORDER = ["ffn_norm.scale", "ffn_norm.shift", "ffn.W2", "ffn.b2", "ffn.W1", "ffn.b1",
-               "lru_norm.scale", "lru_norm.shift", "lru.C", "lru.b_C", "lru.gamma_log", "lru.B",
-               "lru.b_B", "lru.nu_log", "lru.theta_log"]          # of the backward pass
-
-
 def block_calls(_):
     for N, dropout, sizes in ((11, 0.3, (4, 5, 6)), (8, 0.0, (3, 4, 5))):
         p, x = lrurec.blocks(tiny_params(n_blocks=1, sizes=sizes))[0], real(N, sizes[0])
         yield backward_call(
             lambda: lrurec.block_forward(
                 x, p, STARTS[:N], dropout, np.random.default_rng(2)),
-            {**{name: p[name] for name in BLOCK_ORDER}, "dx": x}, outputs=["dx", "dp"],
+            {**{name: p[name] for name in reversed(p)}, "dx": x}, outputs=["dx", "dp"],
             note=f" with dropout {dropout}, {walls_of(STARTS[:N])}")
-
-
-def model_order(n_blocks):
-    """The names of the parameters in the order of the backward pass."""
-    names = [f"blocks.{k}.{name}" for k in reversed(range(n_blocks)) for name in BLOCK_ORDER]
-    return [*names, "embedding_norm.scale", "embedding_norm.shift", "item_embedding"]
 
 
 def model_calls(_):
     for N, n_blocks, dropout, sizes in ((11, 2, 0.3, (3, 2, 4)), (8, 1, 0.0, (4, 3, 3))):
         params = tiny_params(n_blocks=n_blocks, sizes=sizes)
         items = np.random.default_rng(4).integers(0, 7, N)        # without the last one, 7
+        names = [name for name in reversed(params) if name != "output_bias"]
         yield backward_call(
             lambda: lrurec.forward(
                 params, items, STARTS[:N], dropout, np.random.default_rng(6)),
-            {name: params[name] for name in model_order(n_blocks)}, [params["item_embedding"]],
+            {name: params[name] for name in names}, [params["item_embedding"]],
             outputs=["grads"], note=f" with {n_blocks} blocks, dropout {dropout}, "
                                     f"items {items.tolist()}, {walls_of(STARTS[:N])}")
 
 
 def loss_calls(_):
     """Ours is what is expected here: the check compares it with central differences."""
-    for N, n_blocks, dropout in ((16, 2, 0.3), (9, 1, 0.0)):
+    for N, n_blocks, dropout, no_targets in ((16, 2, 0.3, False), (9, 1, 0.0, False), (
+            4, 1, 0.0, True)):
         params = tiny_params(n_blocks=n_blocks)
         items, targets, starts = (array[:N] for array in check_batch())
+        if no_targets:
+            targets[:] = 0
         loss, grads = lrurec.loss_and_grads(params, items, targets, starts, dropout,
                                             np.random.default_rng(5))
-        order = ["output_bias", *model_order(n_blocks)]
         yield Call((params, items, targets, starts),
-                   {"loss": np.array(loss), **{name: grads[name] for name in order}},
+                   {"loss": np.array(loss), **{name: grads[name] for name in reversed(params)}},
                    ["loss", "grads"], f" with dropout {dropout}, targets {targets.tolist()}",
                    options={"dropout": dropout, "rng": np.random.default_rng(5)})
 
@@ -745,7 +869,7 @@ def adamw_calls(_):
         lrurec.adamw_update(*after, *numbers, **options)
         expected = {"step": np.array(earlier_steps + 1), **adamw_arrays(*after)}
         yield Call((params, grads, opt, *numbers), expected, ["tensors"],
-                   f" in step {earlier_steps + 1}", 1e-12, options)
+                   f" after {earlier_steps} right steps", 1e-12, options)
 
 
 def step_calls(_):
@@ -753,6 +877,7 @@ def step_calls(_):
     for n, n_users, n_blocks in ((8, 3, 2), (1, 3, 2), (0, 3, 2), (4, 2, 1)):
         params = tiny_params(n_blocks=n_blocks)
         histories = np.random.default_rng(2).integers(0, 8, (n_users, n + 1))
+        histories[0, -1] = 0                       # "nothing yet" is an item like any
         state = lrurec.init_state(params, n_users)
         if n:
             state = np.concatenate([lrurec.encode(params, history[:n], NO_WALLS[:n], True)[1]
@@ -761,7 +886,7 @@ def step_calls(_):
         expected = {"state": np.concatenate([new_state for _, new_state in encoded], 1),
                     "hidden": np.stack([hidden[-1] for hidden, _ in encoded])}
         yield Call((params, state, histories[:, -1]), expected, ["hidden", "state"],
-                   f" at event {n} of {n_users} users")
+                   f" after {n} events of each of {n_users} users")
 
 
 CALLS = {  # in the order of the exercises
@@ -779,17 +904,21 @@ CALLS = {  # in the order of the exercises
 # What values do not show: the error that step promises; Python steps, memory and work of a scan
 
 def refuses_unknown_items(name, function):
-    """step promises a ValueError."""
-    params = tiny_params()
+    """step and loss_and_grads promise a ValueError."""
+    params, ones = tiny_params(), np.ones(2, int)
     for item in (8, -1):
+        items = np.array([1, item])
         try:
-            function(params, lrurec.init_state(params, 2), np.array([1, item]))
+            if name == "step":
+                function(params, lrurec.init_state(params, 2), items)
+            else:
+                function(params, items, ones, ones > 0)
         except ValueError:
             continue
         except Exception as error:
             raise Wrong(f"your {name} should raise ValueError for item {item} of 0..7") from error
-        raise Wrong(f"your {name} gives a result for item {item} of 0..7: its docstring promises a "
-                    "ValueError")
+        raise Wrong(f"your {name} gives a result for item {item} of 0..7: it should raise "
+                    "ValueError, as as_ids does")
     return ""
 
 
@@ -851,8 +980,8 @@ def takes_few_steps_and_little_work(name, function):
             continue
         if many_in_a_frame > 1.9 * few_in_a_frame or depth > 2 * math.log2(1024):
             raise Wrong(
-                f"{right_but}its steps in Python show growth like N: {few} lines at N = 256, "
-                f"{many} at N = 1,024{' with as many more walls' if walls else ''}. The exercise "
+                f"{right_but}the lines that Python executes show growth like N: {few} at N = 256, "
+                f"{many} at N = 1,024{' with four times the walls' if walls else ''}. The exercise "
                 "asks for growth like log N: array operations that each halve or double something")
         remark = ("as in the paper's recursion: the lines that Python runs grow like N, but the "
                   "halves of a level can go at once on parallel hardware, in about log N rounds")
@@ -868,7 +997,8 @@ def takes_few_steps_and_little_work(name, function):
     return remark
 
 
-MORE = {"step": refuses_unknown_items, "scan": takes_few_steps_and_little_work,
+MORE = {"step": refuses_unknown_items, "loss_and_grads": refuses_unknown_items,
+        "scan": takes_few_steps_and_little_work,
         "scan_backward": takes_few_steps_and_little_work}
 
 
@@ -887,10 +1017,13 @@ EXERCISES = {  # easy to hard: name -> minutes, functions to write
     "adamw": (25, ["adamw_update"]), "step": (25, ["step"]), "model": (25, ["backward"])}
 
 
-TASKS = {  # where it is not the gradients of a forward
-    "scan": "the result of scan_loop in about log N array operations, and in work about like N",
+TASK_OF_MOST = "the gradients with respect to the forward's inputs"
+TASKS = {  # of the others
+    "scan": "the result of scan_loop in about log N array operations, without an N x N array. "
+            "The grader counts the lines that Python executes: they may grow like log N",
     "scan_backward_loop": "the gradients of scan_loop, by a loop over the rows",
     "scan_backward": "the result of scan_backward_loop at the cost of scan",
+    "backward": "the gradients of the parameters, from that of hidden",
     "loss_and_grads": "the loss of the whole model and its gradients",
     "adamw_update": "a step of AdamW, all in place: write into the arrays, replace none",
     "step": "one more event for each user, from the state after the events before"}
@@ -915,8 +1048,14 @@ So where z changes by a small complex c, L changes by Re(conj(dz) c)."""}
 TOLD = {  # in place of the docstring, or of what it says before "Derivative:"
     "scan": """The result of scan_loop.
 lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
+    "complex_product_backward": """dz (M,) complex is the gradient through the output z alone,
+dy (M,) real the one through the output y alone; both come from a and w.
+-> da (M,) complex, dw (M,) complex""",
+    "cross_entropy_backward": """dloss, a scalar -> dlogits (N, V+1); exps may be overwritten""",
+    "dropout_backward": """dout (N, D), mask (N, D) or None -> dx (N, D)""",
     "scan_backward_loop": """dh (N, H) is the gradient of h_n through row n's own output alone.
-dh (N, H), lam (H,), h (N, H) of scan_loop, starts (N,) -> dlam (H,), du (N, H)""",
+dh (N, H), lam (H,), h (N, H) of scan_loop, all complex, starts (N,)
+-> dlam (H,) complex, du (N, H) complex""",
     "scan_backward": """The result of scan_backward_loop: g_n = dh_n + conj(lam) g_{n+1}, without
 the last term where row n + 1 is a wall; du = g; dlam = sum of conj(h_{n-1}) g_n over the rows
 n >= 1 without a wall.
@@ -924,19 +1063,24 @@ dh (N, H), lam (H,), h (N, H) of scan_loop, starts (N,) -> dlam (H,), du (N, H)"
     "loss_and_grads": """items (N,) int, targets (N,) int (0: no loss in this row),
 starts (N,) bool, rng a NumPy Generator where dropout > 0 -> loss, grads: a dict like params
 hidden = forward(...); logits = hidden E^T + output_bias, E being params["item_embedding"];
-loss is the mean cross-entropy over the rows with a target, and 0 where there is none.""",
+loss is the mean cross-entropy over the rows with a target. If no row has one, loss and all
+gradients are 0. Raises ValueError for an item or a target outside 0..V, as as_ids does.""",
+    "backward": """dhidden (N, D), caches from forward, E (V+1, D) the item embedding
+-> grads: item_embedding, embedding_norm.scale, embedding_norm.shift and, for NAME in BLOCK_NAMES,
+"blocks.k.NAME". Row 0 of E is a row like any other. Of E itself only shape and dtype matter.""",
     "adamw_update": inspect.getdoc(lrurec.adamw_update) + """
 With t = 1 in the first step, for each parameter p and its gradient g:
     m <- beta1 m + (1 - beta1) g         mhat = m / (1 - beta1^t)
-    v <- beta2 v + (1 - beta2) g^2       vhat = v / (1 - beta2^t)"""}
-HINTS = {  # the question to ask, the quantity in between; the formula comes after them
+    v <- beta2 v + (1 - beta2) g^2       vhat = v / (1 - beta2^t)
+opt["step"], which counts the steps, is yours to count up; grads are not changed."""}
+HINTS = {  # the question to ask, the quantity in between
     "linear_backward": """How does one entry of W reach the loss? W[i, o] touches out[n, o] in
 every row n, by x[n, i]. Write that as a sum over n, and the sum as a matrix product. Shapes then
 leave one way to write it. And b[o]?""",
     "dropout_backward": "Each entry is multiplied by a number that does not depend on x. Which?",
     "gelu_backward": """out is a product of two things that depend on x: first the product rule.
 Then ds/dx: what is the slope of (1 + tanh(y)) / 2, written with s itself? Last the slope of y.""",
-    "layer_norm_backward": """On how many ways does x[n, d] reach the loss? Directly, through the
+    "layer_norm_backward": """In how many ways does x[n, d] reach the loss? Directly, through the
 row's mean, and through its rstd. Take dxhat first, the gradient of xhat, as if xhat = (x - mean)
 * rstd stood alone; then ask how mean and rstd move with one entry of x. scale and shift are
 easy.""",
@@ -960,7 +1104,7 @@ dC?""",
 how would you get the even ones, all at once? And the odd rows alone: what recurrence do they
 obey, with which eigenvalue, which input and which walls? It is the same problem at half the
 length.""",
-    "scan_backward_loop": """On which ways does h_n reach the loss? Through row n's own output,
+    "scan_backward_loop": """In which ways does h_n reach the loss? Through row n's own output,
 which is dh_n, and through h_{n+1} = lam h_n + u_{n+1}, unless a wall stands there. Call the
 whole gradient of h_n g_n. In which order of rows can you find it? Then u_n and lam are one
 product away.""",
@@ -971,14 +1115,15 @@ dlam is a sum of products that needs no loop: which two rows stand in each?""",
 its backward already, but for u = gamma * z. Find du first. gamma_log is real: by what does u
 change when it changes by a small e?""",
     "block_backward": """Read the forward from its last line to its first; each line has its
-backward. The one new thing: x goes two ways at y += x. What does that mean for its gradient?""",
+backward. The one new thing: x goes two ways where x + y is formed, through y and directly. What
+does that mean for its gradient?""",
     "loss_and_grads": """Three parts: forward; the loss of logits; backward. Between them logits =
-hidden E^T + output_bias is a linear layer: dhidden, and a gradient of E. On how many ways does E
-reach the loss? What are the weights of the rows, that the sum becomes a mean over targets?""",
+hidden E^T + output_bias is a linear layer: dhidden, and a gradient of E. In how many ways does E
+reach the loss? Which weights of the rows turn the sum into a mean over those with a target?""",
     "adamw_update": """What is t in the first call? In which order do decay and step come? Which
 array views a complex parameter as real numbers, so that m and v have its shape?""",
-    "step": """Which line of the forward looks at another row? All others work on one row as on
-many. What takes its place when the state before is given? What must not happen to that state?""",
+    "step": """Which line of the forward looks at another row? All others work on one row as they do
+on many. What takes its place when the state before is given? May that state change?""",
     "backward": """Bottom to top again: blocks from the last to the first, then norm, dropout, and
 the rows of E. If an item stands in three rows, what is the gradient of its row of E?"""}
 FORMULAS = {  # where lrurec's docstring has none after "Derivative:"
@@ -986,8 +1131,8 @@ FORMULAS = {  # where lrurec's docstring has none after "Derivative:"
     "scan_backward_loop": """g_n = dh_n + conj(lam) g_{n+1}, without the last term where row n + 1
 is a wall; du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall.""",
     "loss_and_grads": """weights = (targets > 0) / number of targets; dhidden = dlogits E,
-doutput_bias = sum over rows of dlogits; dE = dlogits^T hidden + the dE of backward: tied, so
-both are added.""",
+doutput_bias = sum over rows of dlogits. E is tied, used twice, so two gradients add up:
+dE = dlogits^T hidden + the dE of backward.""",
     "adamw_update": """Add 1 to opt["step"] first: it is t. p and g as real views, then m and v,
 then the decay, then the step, each written into its array (*=, +=, -=, [:] =); g stays.""",
     "step": """new_state[k] = lam * state[k] + gamma * (x B + b_B) in each block k, in a new
@@ -1001,7 +1146,7 @@ def told(name):
 
 
 def formula(name):
-    """The last part of a hint."""
+    """What --formula shows."""
     return FORMULAS.get(name) or inspect.getdoc(ours(name)).partition("\nDerivative: ")[2].strip()
 
 
@@ -1026,27 +1171,32 @@ def exercise_text(exercise):
     minutes, asked = EXERCISES[exercise]
     shown = [function for name in asked for function in
              (GIVEN[name] if name in GIVEN else [ours(name.replace("backward", "forward"))])]
-    shown_names, used = [function.__name__ for function in shown], set()
-    for name in asked:
-        used.update(MAY_CALL.get(name, ours(name).__code__.co_names))
-    for function in shown:
-        used.update(function.__code__.co_names)
-        used.update(filter(str.isupper, inspect.getsource(function).split()))
-    if exercise == "adamw":
-        used.add("DECAYED")
-    helpers = [helper(name) for name, value in vars(lrurec).items()
-               if name in used.difference(asked, shown_names)
-               and (inspect.isfunction(value) or name.isupper())]
-    stubs = [f"{heading(name)}\n    # your lines here\n" for name in asked]
     given = [inspect.getsource(function) for function in shown]
+    stubs = [f"{heading(name)}\n    # your lines here\n" for name in asked]
+    callable_names = set()
+    for name in asked:
+        callable_names.update(MAY_CALL.get(name, ours(name).__code__.co_names))
+    mentioned = words("\n".join(stubs + given))
+    helpers, called_above = [], []
+    for name, value in vars(lrurec).items():
+        if name in asked or value in shown or not (name.isupper() or inspect.isfunction(value)):
+            continue
+        if name in callable_names or name.isupper() and name in mentioned:
+            helpers.append(helper(name))
+        elif any(name in function.__code__.co_names for function in shown):
+            called_above.append(name)
+    if called_above:
+        imports = f"from lrurec import ({', '.join(called_above)})"
+        given.append("# What is given calls\n"
+                     + textwrap.fill(imports, 96, subsequent_indent="    ") + "\n")
     body = "\n\n".join(stubs + ["# ---- Given\n"] * bool(given) + given
                        + ["# ---- You may call\n"] * bool(helpers) + ["\n\n".join(helpers)])
-    tasks = [f"Write {name}: " + TASKS.get(name, "the gradients of the forward's inputs") + "."
-             for name in asked]
+    tasks = [textwrap.fill(f"Write {name}: {TASKS.get(name, TASK_OF_MOST)}.", 96) for name in asked]
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
     return (f'"""Exercise {exercise}, about {minutes} minutes\n\n' + "\n".join(tasks)
-            + f"\n\n    python test_lrurec.py {exercise}.py          grades it\n"
-            f"    python test_lrurec.py {exercise} --hint      how to think, then the formula\n\n"
+            + f"\n\n    python test_lrurec.py {exercise + '.py':28} grades it\n"
+            f"    python test_lrurec.py {exercise + ' --hint':28} what to ask yourself\n"
+            f"    python test_lrurec.py {exercise + ' --formula':28} the answer as a formula\n\n"
             f'{notes}\n"""\nimport math\n\nimport numpy as np\n\nxp = np\n\n\n{body.rstrip()}\n')
 
 
@@ -1127,15 +1277,21 @@ def grade_file(path, quiet=False):
     return code == 0
 
 
+def is_right(exercise):
+    """Whether NAME.py is in this folder and right."""
+    return os.path.isfile(f"{exercise}.py") and grade_file(f"{exercise}.py", quiet=True)
+
+
 def list_exercises():
     """Print the exercises, grade those whose file is in this folder, and say what is next."""
     print("Exercises, easy to hard, with their minutes. x: NAME.py in this folder is right.\n")
     right = []
     for exercise, (minutes, asked) in EXERCISES.items():
-        path = f"{exercise}.py"
-        if os.path.isfile(path) and grade_file(path, quiet=True):
+        mark = " "
+        if os.path.isfile(f"{exercise}.py"):
+            mark = "x" if is_right(exercise) else "?"
+        if mark == "x":
             right.append(exercise)
-        mark = "x" if exercise in right else "?" if os.path.isfile(path) else " "
         print(f"  {mark} {exercise:18} {minutes:3}  {', '.join(asked)}", flush=True)
     print("\n" + what_is_next(right))
 
@@ -1153,10 +1309,13 @@ def what_is_next(right):
 
 
 def grade_files(paths):
-    """Grade files -> exit code."""
+    """Grade files -> exit code. Of several, count the exercises that are solved: those in this
+    folder too."""
     right = [path for path in paths if grade_file(path)]
     if len(paths) > 1:
         solved = {os.path.basename(path)[:-len(".py")] for path in right}
+        solved.update(exercise for exercise in EXERCISES
+                      if f"{exercise}.py" not in paths and is_right(exercise))
         print(what_is_next([exercise for exercise in EXERCISES if exercise in solved]))
     return int(len(right) < len(paths))
 
@@ -1237,7 +1396,7 @@ def train_right(paths):
     print(f"{TASK}\nstep    loss")
     for n in range(0, len(losses), 10):
         print(f"{n:4}  {losses[n]:6.3f}  {'#' * round(20 * losses[n])}")
-    print("\nThe circle is |lam| = 1, a digit how many eigenvalues are there.\n"
+    print("\nThe circle is |lam| = 1; a digit counts the eigenvalues in its place.\n"
           f"{'Before':44}and after")
     for row in zip(train.disk(before), train.disk(after)):
         print(f"{row[0]:44}{row[1]}")
@@ -1281,8 +1440,8 @@ def train_command(words):
     if option != "--anyway":
         for path in words:
             if path not in right:
-                print(f"{path} is not right yet: ours takes its place "
-                      f"(python test_lrurec.py train --anyway {path} takes yours)")
+                print(f"{path} is not right yet and is left out; to train with it all the same:\n"
+                      f"    python test_lrurec.py train --anyway {path}")
         words = right
         if not right:
             return 1
@@ -1421,7 +1580,7 @@ def compare_with_pytorch():
 # ---------------------------------------------------------------------------------------------
 # The commands
 
-OPTIONS = ("--hint", "--anyway", "--ml-100k", "--help")
+OPTIONS = ("--hint", "--formula", "--anyway", "--ml-100k", "--help")
 
 
 def refuse(message):
@@ -1438,12 +1597,6 @@ def first_bad(paths):
         if not os.path.isfile(path):
             return f"{path} is missing"
     return ""
-
-
-def print_hint(exercise):
-    for name in EXERCISES[exercise][1]:
-        print(f"{name}\n\n{HINTS[name]}\n\nThe formula:\n"
-              f"{textwrap.indent(formula(name), '    ')}\n")
 
 
 def exercise_main(arguments):
@@ -1472,8 +1625,9 @@ def exercise_main(arguments):
     if command in EXERCISES and not rest:
         print(exercise_text(command), end="")
         return 0
-    if command in EXERCISES and rest == ["--hint"]:
-        print_hint(command)
+    if command in EXERCISES and rest in (["--hint"], ["--formula"]):
+        for name in EXERCISES[command][1]:
+            print(f"{name}\n\n{HINTS[name] if rest == ['--hint'] else formula(name)}\n")
         return 0
     if set(arguments) & set(EXERCISES):
         return refuse("one exercise at a time, or files of answers")
@@ -1587,18 +1741,15 @@ def test_nan_nothing_and_changed_inputs_do_not_pass(name):
             grade(name, wrong)
 
 
-def adamw_with(late=0, decayed=str.endswith):
-    """adamw_update as a learner writes it, perhaps with t late."""
-    def wrong(ours, params, grads, opt, lr, weight_decay, *, betas, eps):
-        t, opt["step"] = opt["step"] + 1 - late, opt["step"] + 1
-        for name, p in params.items():
-            p, g, m, v = p.view(float), grads[name].view(float), opt["m"][name], opt["v"][name]
-            m[:] = betas[0] * m + (1 - betas[0]) * g
-            v[:] = betas[1] * v + (1 - betas[1]) * g * g
-            root = np.sqrt(v / (1 - betas[1] ** t)) + eps
-            p *= 1 - lr * weight_decay if decayed(name, lrurec.DECAYED) else 1
-            p -= lr * m / (1 - betas[0] ** t) / root
-    return wrong
+def adamw_in_new_arrays(ours, params, grads, opt, *numbers, **options):
+    opt["m"] = copy.deepcopy(opt["m"])
+    ours(params, grads, opt, *numbers, **options)
+
+
+def adamw_late(ours, params, grads, opt, *numbers, **options):
+    opt["step"] -= 1
+    ours(params, grads, opt, *numbers, **options)
+    opt["step"] += 1
 
 
 LINEAR, GELU, NORM, CE = [name + "_backward" for name in (
@@ -1612,38 +1763,40 @@ WRONG_VERSIONS = {  # what is wrong: the function, a version that gets ours firs
     "transposed": (LINEAR, lambda ours, d, c: (d @ c[1].T, d.T @ c[0], d.sum(0)), "is transposed"),
     "order": (LINEAR, lambda ours, d, c: (c[0].T @ d, d @ c[1].T, d.sum(0)), "order: this is dW"),
     "no db": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, None), "it is missing"),
-    "mean": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, d.mean(0)), "it is 0.2 times"),
+    "mean": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d / 5, d.sum(0)), "a mean in place"),
     "no sum": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, d), "the sum over the rows"),
+    "no xhat": (NORM, lambda ours, d, c: (ours(d, c)[0], d.sum(0), d.sum(0)), "a factor is m"),
     "float32": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, d.sum(0).astype("f4")), "f"),
     "sign": (LINEAR, lambda ours, d, c: (-d @ c[1].T, c[0].T @ d, d.sum(0)), "the sign is flipped"),
-    "unknown": (LINEAR, lambda ours, d, c: (d @ abs(c[1].T), c[0].T @ d, d.sum(0)), "every row"),
+    "unknown": (LINEAR, lambda ours, d, c: (d @ abs(c[1].T), c[0].T @ d, d.sum(0)), "in all rows"),
     "digits": (GELU, lambda ours, d, c: ours(d, c) * (1 + 1e-5), "right to 5 digits"),
     "3 times": (GELU, lambda ours, d, c: ours(d, c) * 3, "3 times what it should be"),
-    "tuple": (GELU, lambda ours, d, c: (ours(d, c),), "it should be an array; it is tuple"),
+    "tuple": (GELU, lambda ours, d, c: (ours(d, c),), "it is a tuple"),
     "no rstd": (NORM, lambda ours, d, c: (ours(d, c)[0] / c[1], *ours(d, c)[1:]), "factor rstd is"),
     "sums changed": (CE, lambda ours, dl, c: (ours(dl, c), c[1].fill(0))[0], "changed sums"),
     "no dloss": (CE, lambda ours, dl, c: ours(1, c), "the factor dloss is missing"),
     "no conj a": (PRODUCT, lambda ours, dz, dy, c: (ours(dz, dy, c)[0], c[0] * (dz + dy)),
                   "a conjugate"),
-    "no dy": (PRODUCT, lambda ours, dz, dy, c: ours(dz, 0 * dy, c), "with dz, dy"),
+    "no dy": (PRODUCT, lambda ours, dz, dy, c: ours(dz, 0 * dy, c), "near dz, dy"),
     "complex dx": (C_IN, lambda ours, d, c: (ours(d, c)[0] + 0j, *ours(d, c)[1:]), "be real"),
     "conj dB": (C_IN, lambda ours, d, c: (ours(d, c)[0], c[0].T @ d.conj(), d.sum(0)), "conjugate"),
     "conj dh": (C_OUT, lambda ours, d, c: (d @ c[1].T, *ours(d, c)[1:]), "conjugate"),
-    "conj lam": ("scan", lambda ours, lam, u, s: ours(lam.conj(), u, s), "conjugate is missing"),
+    "conj lam": ("scan", lambda ours, lam, u, s: ours(lam.conj(), u, s), "conjugate too many"),
     "no walls": ("scan", lambda ours, lam, u, s: ours(lam, u, s & False), "walls are ignored"),
     "a loop": ("scan", lambda ours, *a: lrurec.scan_loop(*a), "growth like N: "),
     "a loop back": (SCAN, lambda ours, *a: lrurec.scan_backward_loop(*a), "growth like N: "),
     "dh for du": (SCAN, lambda ours, dh, lam, h, s: (
-        (h[:-1].conj() * dh[1:] * ~s[1:, None]).sum(0), ours(dh, lam, h, s)[1]), "in place of an"),
-    "u conj": (LRU, lambda ours, d, c: ours(d, {**c, "u": c["u"].conj()}), 'cache["u"] for conj'),
+        (h[:-1].conj() * dh[1:] * ~s[1:, None]).sum(0), ours(dh, lam, h, s)[1]), "dh stands in"),
+    "u conj": (LRU, lambda ours, d, c: ours(d, {**c, "u": c["u"].conj()}), 'near cache["u"])'),
     "no mask": (BLOCK, lambda ours, d, c: ours(d, {**c, "mask3": None}), '"mask3"] is missing'),
     "names": (BLOCK, lambda ours, *a: (ours(*a)[0], {}), "Missing: ['ffn.W1', "),
     "not tied": ("loss_and_grads", lambda ours, *a, **o: (lambda loss, grads: (
         loss, {**grads, "item_embedding": 0 * grads["item_embedding"]}))(*ours(*a, **o)), "zeros"),
     "not in place": ("adamw_update", lambda ours, *a, **o: None, "it is 2, and should be 3"),
-    "t late": ("adamw_update", adamw_with(late=1), "a term is missing"),
+    "t late": ("adamw_update", adamw_late, "the power is one too low"),
+    "new arrays": ("adamw_update", adamw_in_new_arrays, "puts a new array in the place of m: item"),
     "old state": ("step", lambda ours, p, s, i: (ours(p, s, i)[0], s.copy()), "state itself"),
-    "any item": ("step", lambda ours, p, s, i: ours(p, s, i % 8), "promises a ValueError"),
+    "any item": ("step", lambda ours, p, s, i: ours(p, s, i % 8), "should raise ValueError"),
     "no dropout": ("backward", lambda ours, d, c, E: ours(d, [c[0], None, *c[2:]], E), "caches[1]"),
 }
 
@@ -1674,24 +1827,14 @@ def test_what_is_kept_from_call_to_call_is_found():
         grade("gelu_backward", reusing)
 
 
-def scan_by_doubling(lam, u, starts):
-    h, wall, power, d = u.copy(), starts | (np.arange(len(u)) == 0), lam, 1
-    for _ in range(int(len(u) - 1).bit_length()):
-        from_left = power * h[:-d]
-        from_left[wall[d:]] = 0
-        h[d:] += from_left
-        wall = np.concatenate([wall[:d], wall[d:] | wall[:-d]])
-        power, d = power * power, 2 * d
-    return h
-
-
 def test_right_answers_in_other_styles_pass():
     def by_columns(dout, cache):
         return [np.asfortranarray(array) for array in lrurec.linear_backward(dout, cache)]
 
     grade("linear_backward", by_columns)
-    grade("scan", scan_by_doubling)
-    grade("adamw_update", functools.partial(adamw_with(), None))
+    for name, functions in AS_WRITTEN.items():
+        for function in functions:
+            grade(name, function)
 
 
 def dense_scan(lam, u, starts):
