@@ -168,8 +168,8 @@ def prepare(events, name, min_count, ties, seed):
         digest.update(b"\0" + raw.encode())
     data = Dataset(name, items, offsets, user_ids, item_ids, item_ids, digest.hexdigest())
     repeats, of_items, of_users = -np.diff(left)
-    dropped = (f"dropped: {repeats:,} repeats of the previous event, {of_items:,} events of "
-               f"items and {of_users:,} of users with fewer than {min_count}")
+    dropped = (f"dropped: {repeats:,} repeats of the previous event, {of_items:,} events of items "
+               f"and {of_users:,} events of users with fewer than {min_count}")
     return data, [*events.report, *describe(data, times[order], events.unit, dropped)]
 
 
@@ -286,8 +286,8 @@ def describe(data, times, unit, dropped):
     n_tested, n_seen = np.sum(tested), np.sum(tested & (had > 1))
     line = f"{n_seen:,} of {n_tested:,} test items are already in their user's history"
     if n_seen and n_seen >= 0.1 * n_tested:
-        line = (f"warning: {line}; without --rank-seen each within --max-len counts as a miss: if "
-                f"all are, no Recall@k can exceed {1 - n_seen / n_tested:.3f}")
+        line = (f"warning: {line}: unless --rank-seen is given, those within --max-len count as "
+                f"misses, and if all are, no Recall@k can exceed {1 - n_seen / n_tested:.3f}")
     lines.append(line)
     seconds, milliseconds = (np.sum((times >= low) & (times < high))
                              for low, high in (SECONDS, MILLISECONDS))
@@ -459,8 +459,8 @@ def read_events(path, columns=None, encoding="utf-8-sig"):
         except (ValueError, OverflowError):
             raise DataError(
                 f"{path}, line {line}: the time {short(row[t])!r}: times must be all finite "
-                "numbers below 2^63 or all ISO 8601, 2024-05-01 12:30: convert them, in pandas "
-                "d['time'] = pandas.to_datetime(d['time'], format='%d/%m/%Y')") from None
+                "numbers below 2^63 or all ISO 8601, as in 2024-05-01 12:30; in pandas: "
+                "d['time'] = pandas.to_datetime(d['time'], dayfirst=True)") from None
         if type(when) is float and times.typecode == "q":
             times = array("d", times)
         times.append(when)
@@ -557,6 +557,7 @@ def read_table(path, roles, columns=None, encoding="utf-8-sig"):
 def find_columns(first, roles, columns, by_number):
     """From a first line: the delimiter, the names of all columns, and the positions of those asked
     for, by the usual names of roles where columns is None. Raises ValueError for a wrong line."""
+    all_missing = []                               # of each delimiter
     for delimiter in DELIMITERS:
         fields = split_first(first, delimiter)
         names = header_names(fields)
@@ -567,17 +568,20 @@ def find_columns(first, roles, columns, by_number):
         else:
             found = [[k for k, name in enumerate(names) if plain(name) in KNOWN[role]]
                      for role in roles]
-        if all(found if columns else found[:2]):   # of the usual names, a time may be missing
+        needed = columns or roles[:2]              # of the usual names, a time may be missing
+        missing = [short(name) for name, positions in zip(needed, found) if not positions]
+        if not missing:
             break
+        all_missing.append(missing)
     else:
-        wanted = ", ".join(map(short, columns or roles[:2]))
-        raise ValueError(f"no {'' if by_number else 'header names the '}columns {wanted}")
+        missing = ", ".join(min(all_missing, key=len))
+        raise ValueError(f"no {'' if by_number else 'header names the '}columns {missing}")
     for column, positions in zip(columns or roles, found):
         if len(positions) > 1:
             several = ", ".join(repr(short(names[k])) for k in positions)
             raise ValueError(f"several columns for {short(column)}: {several}")
     if not all(found) and len(names) > 2:
-        raise ValueError("the header names no time")
+        raise ValueError("no column has a usual name for the time")
     where = [positions[0] for positions in found if positions]
     for k in where if by_number else ():
         if any(plain(fields[k]) in known for known in KNOWN.values()):

@@ -1284,7 +1284,8 @@ def is_right(exercise):
 
 def list_exercises():
     """Print the exercises, grade those whose file is in this folder, and say what is next."""
-    print("Exercises, easy to hard, with their minutes. x: NAME.py in this folder is right.\n")
+    print("Exercises, easy to hard, with their minutes. An x marks those whose NAME.py in this "
+          "folder is right.\n")
     right = []
     for exercise, (minutes, asked) in EXERCISES.items():
         mark = " "
@@ -1591,6 +1592,8 @@ def refuse(message):
 def first_bad(paths):
     """What is wrong with the first of the paths that is no file of answers, or ""."""
     for path in paths:
+        if path in EXERCISES:
+            return f"give the file of an exercise: {path}.py"
         if not path.endswith(".py"):
             return (f"{path!r} is neither an exercise nor a .py file; the exercises: "
                     f"{', '.join(EXERCISES)}")
@@ -1621,16 +1624,15 @@ def exercise_main(arguments):
     if command == "start":
         if len(rest) == 1 and rest[0] in EXERCISES:
             return start(rest[0])
-        return refuse(f"start needs one exercise: {', '.join(EXERCISES)}")
+        return refuse(f"start needs one exercise, one of {', '.join(EXERCISES)}")
     if command in EXERCISES and not rest:
         print(exercise_text(command), end="")
         return 0
-    if command in EXERCISES and rest in (["--hint"], ["--formula"]):
-        for name in EXERCISES[command][1]:
+    exercise = command.removesuffix(".py")
+    if exercise in EXERCISES and rest in (["--hint"], ["--formula"]):
+        for name in EXERCISES[exercise][1]:
             print(f"{name}\n\n{HINTS[name] if rest == ['--hint'] else formula(name)}\n")
         return 0
-    if set(arguments) & set(EXERCISES):
-        return refuse("one exercise at a time, or files of answers")
     if problem := first_bad(arguments):
         return refuse(problem)
     return grade_files(arguments)
@@ -1980,7 +1982,8 @@ def test_a_file_cannot_stop_or_fool_the_grader(line, message, tmp_path, capfd, m
 
 @pytest.mark.parametrize("arguments, code, part", [
     (["gelu", "--hint"], 0, "product rule"), (["scan_backward"], 0, "dz = dL/d(Re z)"),
-    (["--help"], 0, "start gelu"), (["gelu", "scan"], 2, "one exercise at a time"),
+    (["--help"], 0, "start gelu"), (["gelu", "scan"], 2, "give the file of an exercise: gelu.py"),
+    (["gelu.py", "--formula"], 0, "dx = dout"),
     (["no_such"], 2, "neither an exercise nor a .py file"), (["no.py"], 2, "no.py is missing"),
     (["train"], 2, "train needs a file"), (["start"], 2, "start needs one exercise")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -2353,10 +2356,10 @@ REFUSED = {  # content, what the message says, and the columns where they are gi
     "no header": ("1,10,5\n", r"line 1: no header.*1 '1', 2 '10', 3 '5'.*" + ASKS),
     "no header, ratings.dat": ("1::1193::5::978300760\n", "1 '1', 2 '1193', 3 '5', 4 '978300760'"),
     "a header without an item": ("user_id,film\n1,2\n", "no header.*" + ASKS),
-    "a header without a time": ("user,book_id,is_read\n1,2,1\n", "names no time.*'is_read'"),
+    "a header without a time": ("user,book_id,is_read\n1,2,1\n", "no column has .* the time.*'is_"),
     "two times": ("user,video_id,date,time_ms\n1,2,3,4\n", "several .*time: 'date', 'time_ms'"),
     "a name that is chosen twice": ("a,b,b\n1,2,3\n", "several .*b: 'b', 'b'", "a,b"),
-    "an unknown column": (PLAIN, "no header names .*user, x.*1 'user', 2 'item'", "user,x"),
+    "an unknown column": (PLAIN, "no header names the columns x. .*1 'user', 2 'item'", "user,x"),
     "number 0": (PLAIN, "no header names", "0,1"), "number 4": (PLAIN, "no columns", "1,4"),
     "a header by number": (PLAIN, "line 1: 'user' looks like a header", "1,2,3"),
     "a huge number": ("1,2\n", "no header names", "1," + "9" * 5000),
@@ -2444,11 +2447,12 @@ def test_the_report_says_what_was_read_and_dropped(tmp_path):
         r"columns: user from user, item from iid, time from ts; not used: wh\x1ben",
         "first event: '1', '9', '1000000000'",
         f"{tmp_path / 'f'}: 1 users, 2 items, 3 events from 2001-09-09 01:46 to 2001-09-11 01:46",
-        "dropped: 1 repeats of the previous event, 1 events of items and 1 of users with fewer "
-        "than 2",
+        "dropped: 1 repeats of the previous event, 1 events of items and 1 events of users with "
+        "fewer than 2",
         "0% of events have the same time as their user's previous event",
-        "warning: 1 of 1 test items are already in their user's history; without --rank-seen each "
-        "within --max-len counts as a miss: if all are, no Recall@k can exceed 0.000")
+        "warning: 1 of 1 test items are already in their user's history: unless --rank-seen is "
+        "given, those within --max-len count as misses, and if all are, no Recall@k can exceed "
+        "0.000")
 
 
 @pytest.mark.parametrize("times, shown", [
@@ -2477,9 +2481,9 @@ def test_the_report_counts_test_items_that_are_in_the_history_and_warns_from_a_t
         lines = [f"{u},{item}\n" for u in range(users) for item in "abc"] + ["0,a\n", "z,a\n"]
         report = report_of("user,item\n" + "".join(lines), tmp_path)
         fact = f"1 of {users} test items are already in their user's history"
-        assert report[-1] == (f"warning: {fact}; without --rank-seen each within --max-len "
-                              "counts as a miss: if all are, no Recall@k can exceed 0.900"
-                              if warns else fact)
+        assert report[-1] == (f"warning: {fact}: unless --rank-seen is given, those within "
+                              "--max-len count as misses, and if all are, no Recall@k can "
+                              "exceed 0.900" if warns else fact)
 
 
 def test_ids_are_any_text_in_the_order_of_numbers_where_all_are(tmp_path):
@@ -2520,7 +2524,7 @@ def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
     assert data.item_ids == ["", "1", "2"] and data.user_ids == ["0", "1"]
     assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
     assert data.report[3] == ("dropped: 1 repeats of the previous event, 1 events of items and 1 "
-                              "of users with fewer than 2")
+                              "events of users with fewer than 2")
     assert reader.load_dataset(path, 2, "file").items.tolist() == [2, 1, 2, 1], "ties"
 
 
@@ -3363,7 +3367,7 @@ def test_a_harmful_model_file_is_one_line_that_names_it_and_runs_no_code(
         part, name, value, model, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edited(model, "bad.npz", part, name, value)
-    assert "bad.npz holds no sound model" in refused("inspect", "bad.npz")
+    assert "bad.npz holds no valid model" in refused("inspect", "bad.npz")
     assert os.listdir() == ["bad.npz"], "nothing exploded"
 
 

@@ -419,7 +419,7 @@ def read_model(path):
     def layout(arrays):
         return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
-    with reading(path, "no sound model: give a model.npz that `python train.py train` wrote"):
+    with reading(path, "no valid model: give a model.npz that `python train.py train` wrote"):
         params, saved = lrurec.load(path)
         names = "config", "digest", "epoch", "validation", "item_ids", "titles"
         info = {name: saved[name] for name in names}
