@@ -1166,38 +1166,62 @@ def helper(name):
     return f"from lrurec import {name}\n{textwrap.indent(text, '# ')}"
 
 
+FILE = '''"""Exercise {exercise}, about {minutes} minutes
+
+{tasks}
+
+    python test_lrurec.py {exercise}.py           grades it
+    python test_lrurec.py {exercise} --hint       what to ask yourself
+    python test_lrurec.py {exercise} --formula    the answer as a formula
+
+{notes}
+"""
+import math
+
+import numpy as np
+
+xp = np
+
+
+{body}
+'''
+
+
 def exercise_text(exercise):
     """An exercise file: the task, what is given, what may be called."""
     minutes, asked = EXERCISES[exercise]
+    tasks = [textwrap.fill(f"Write {name}: {TASKS.get(name, TASK_OF_MOST)}.", 96) for name in asked]
+    parts = [f"{heading(name)}\n    # your lines here\n" for name in asked]
     shown = [function for name in asked for function in
              (GIVEN[name] if name in GIVEN else [ours(name.replace("backward", "forward"))])]
-    given = [inspect.getsource(function) for function in shown]
-    stubs = [f"{heading(name)}\n    # your lines here\n" for name in asked]
-    callable_names = set()
-    for name in asked:
-        callable_names.update(MAY_CALL.get(name, ours(name).__code__.co_names))
-    mentioned = words("\n".join(stubs + given))
-    helpers, called_above = [], []
-    for name, value in vars(lrurec).items():
-        if name in asked or value in shown or not (name.isupper() or inspect.isfunction(value)):
-            continue
-        if name in callable_names or name.isupper() and name in mentioned:
-            helpers.append(helper(name))
-        elif any(name in function.__code__.co_names for function in shown):
-            called_above.append(name)
+    if shown:
+        parts += ["# ---- Given\n", *map(inspect.getsource, shown)]
+    helpers, called_above = helpers_of(asked, shown, words("\n".join(parts)))
     if called_above:
         imports = f"from lrurec import ({', '.join(called_above)})"
-        given.append("# What is given calls\n"
-                     + textwrap.fill(imports, 96, subsequent_indent="    ") + "\n")
-    body = "\n\n".join(stubs + ["# ---- Given\n"] * bool(given) + given
-                       + ["# ---- You may call\n"] * bool(helpers) + ["\n\n".join(helpers)])
-    tasks = [textwrap.fill(f"Write {name}: {TASKS.get(name, TASK_OF_MOST)}.", 96) for name in asked]
+        imports = textwrap.fill(imports, 96, subsequent_indent="    ")
+        parts.append(f"# What is given calls\n{imports}\n")
+    if helpers:
+        parts += ["# ---- You may call\n", "\n\n".join(map(helper, helpers))]
+    body = "\n\n".join(parts).rstrip()
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
-    return (f'"""Exercise {exercise}, about {minutes} minutes\n\n' + "\n".join(tasks)
-            + f"\n\n    python test_lrurec.py {exercise + '.py':28} grades it\n"
-            f"    python test_lrurec.py {exercise + ' --hint':28} what to ask yourself\n"
-            f"    python test_lrurec.py {exercise + ' --formula':28} the answer as a formula\n\n"
-            f'{notes}\n"""\nimport math\n\nimport numpy as np\n\nxp = np\n\n\n{body.rstrip()}\n')
+    return FILE.format(exercise=exercise, minutes=minutes, tasks="\n".join(tasks), notes=notes,
+                       body=body)
+
+
+def helpers_of(asked, shown, mentioned):
+    """Names in lrurec: those that an answer may need, and the other functions that what is shown
+    calls. mentioned: the words above, which may name constants."""
+    needed, called_above = set(), set()
+    for name in asked:
+        needed.update(MAY_CALL.get(name, ours(name).__code__.co_names))
+    for function in shown:
+        called_above.update(function.__code__.co_names)
+    functions = {name for name, value in vars(lrurec).items()
+                 if inspect.isfunction(value) and value not in shown and name not in asked}
+    constants = {name for name in vars(lrurec) if name.isupper() and name in mentioned | needed}
+    return ([name for name in vars(lrurec) if name in needed & functions | constants],
+            [name for name in vars(lrurec) if name in (called_above - needed) & functions])
 
 
 # ---------------------------------------------------------------------------------------------
