@@ -314,19 +314,19 @@ def check(name, function, call, again=""):
         for label, array in named_arrays(name, call.arguments).items():
             if not np.array_equal(after.get(label), array) and not label.startswith(may_change):
                 raise Wrong(f"your {name} changed {label}: work on a copy")
-        compare(tensors, call.expected, call.tolerance, f"your {name} is wrong{note}",
-                functools.partial(hint, name, call))
+        compare(name, call, tensors, f"your {name} is wrong{note}")
     return tensors
 
 
-def compare(given, expected, tolerance=1e-6, title="", find_hint=None):
-    """Raise Wrong, with a table and a hint for the first wrong tensor, where the tensors by name
-    are not as expected. find_hint(key, given) -> hint"""
+def compare(name, call, given, title):
+    """Raise Wrong, with a table and a hint for the first wrong tensor, where the tensors given are
+    not those that the call expects."""
+    expected = call.expected
     if given.keys() != expected.keys():
         missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
         raise Wrong(f"{title}: it should return gradients by name. Missing: {sorted(missing)}; "
                     f"not wanted: {sorted(map(str, unknown))}")
-    wrong = [key for key, n in expected.items() if not same(given[key], n, tolerance)]
+    wrong = [key for key, n in expected.items() if not same(given[key], n, call.tolerance)]
     if not wrong:
         return
     rows = [title, f"  {'tensor':26} {'shape':8} {'error':>8}"]
@@ -336,8 +336,7 @@ def compare(given, expected, tolerance=1e-6, title="", find_hint=None):
         rows.append(f"  and {len(wrong) - 1} more of {len(expected)}, perhaps because of this one")
     elif len(wrong) > 1:
         rows.append(f"  first wrong: {wrong[0]}; the others perhaps because of it")
-    if find_hint:
-        rows.append(f"  hint: {find_hint(wrong[0], given)}")
+    rows.append(f"  hint: {hint(name, call, wrong[0], given)}")
     raise Wrong("\n".join(rows))
 
 
