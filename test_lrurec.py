@@ -361,7 +361,7 @@ def hint(name, call, key, given):
     a, n = given[key], call.expected[key]
     if type(a) is not np.ndarray:
         return f"it should be an array; it is {'missing' if a is None else 'a ' + type(a).__name__}"
-    if a.shape == n.shape and a.dtype == n.dtype and relative_error(a, n) < 1e-5:
+    if same(a, n, 1e-5):
         return (f"right to {round(-math.log10(relative_error(a, n)))} digits: an eps, a constant "
                 "with a digit missing, cancellation, or float32?")
     if a.ndim == n.ndim + 1 and len(a) > 1 and same(a.sum(0), n):
