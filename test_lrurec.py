@@ -700,11 +700,6 @@ def code_of(node):
 AGAIN = " with other numbers and shapes (the calls before were right)"
 
 
-@functools.cache
-def calls(name):
-    return list(CALLS[name](name))
-
-
 def backward_call(forward, inputs, more=(), note="", outputs=None):
     """The call of a backward function. forward() -> out, cache, of inputs: arrays by the names of
     their gradients. more: arguments after the cache."""
@@ -744,21 +739,20 @@ LAYERS = {  # backward function -> forward, its inputs in the first call and in 
         dict(h=compl(7, 2), C=compl(2, 4), b=real(4)))}
 
 
-def layer_calls(name):
-    forward, *cases = LAYERS[name]
+def layer_calls(forward, *cases):
     for inputs, note in zip(cases, ("", AGAIN)):
         yield backward_call(lambda: forward(*inputs.values()),
                             {"d" + key: z for key, z in inputs.items()}, note=note)
 
 
-def dropout_calls(_):
+def dropout_calls():
     for p, x in ((0.4, real(5, 6)), (0, real(5, 6)), (0.2, real(8, 3))):
         yield backward_call(
             lambda: lrurec.dropout_forward(x, p, np.random.default_rng(3)),
             {"dx": x}, note=f" for p = {p}" + ("" if p else ": the mask is None"))
 
 
-def cross_entropy_calls(_):
+def cross_entropy_calls():
     for k, (N, V) in enumerate(((5, 5), (8, 3))):
         logits, weights = 3 * real(N, V + 1), abs(real(N))
         targets = (5 * np.arange(N) + 1) % (V + 1)
@@ -773,7 +767,7 @@ def walls_of(starts):
     return f"walls before rows {rows if len(rows) < 30 else '...'} of {len(starts)}"
 
 
-def scan_calls(_):
+def scan_calls():
     """Any N, any walls, any |lam|."""
     for N in (11, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 100, 700):
         for p_wall, radius in itertools.product((0.3, 0, 1), (0.9, 0.3, 0.9999)):
@@ -783,7 +777,7 @@ def scan_calls(_):
                        f" for |lam| = {radius}, {walls_of(starts)}", 1e-12)
 
 
-def scan_backward_calls(_):
+def scan_backward_calls():
     for N, H in ((11, 4), (1, 4), (2, 4), (64, 3)):
         starts = STARTS if N == 11 else np.random.default_rng(N).random(N) < 0.3
         lam, dh = lam_of(H), compl(N, H)
@@ -793,7 +787,7 @@ def scan_backward_calls(_):
                    f" with {walls_of(starts)}", 1e-12)
 
 
-def lru_calls(_):
+def lru_calls():
     for N, D, H in ((11, 3, 4), (8, 2, 3)):
         inputs = {"dx": real(N, D), "dnu_log": real(H) - 1, "dtheta_log": real(H, seed=3),
                   "dgamma_log": real(H, seed=4), "dB": compl(D, H), "db_B": compl(H),
@@ -805,7 +799,7 @@ def lru_calls(_):
             note=f" with {walls_of(STARTS[:N])}")
 
 
-def block_calls(_):
+def block_calls():
     for N, dropout, sizes in ((11, 0.3, (4, 5, 6)), (8, 0.0, (3, 4, 5))):
         p, x = lrurec.blocks(tiny_params(n_blocks=1, sizes=sizes))[0], real(N, sizes[0])
         yield backward_call(
@@ -815,7 +809,7 @@ def block_calls(_):
             note=f" with dropout {dropout}, {walls_of(STARTS[:N])}")
 
 
-def model_calls(_):
+def model_calls():
     for N, n_blocks, dropout, sizes in ((11, 2, 0.3, (3, 2, 4)), (8, 1, 0.0, (4, 3, 3))):
         params = tiny_params(n_blocks=n_blocks, sizes=sizes)
         items = np.random.default_rng(4).integers(0, 7, N)        # without the last one, 7
@@ -828,7 +822,7 @@ def model_calls(_):
                                     f"items {items.tolist()}, {walls_of(STARTS[:N])}")
 
 
-def loss_calls(_):
+def loss_calls():
     """Ours is what is expected here: the check compares it with central differences."""
     for N, n_blocks, dropout, no_targets in ((16, 2, 0.3, False), (9, 1, 0.0, False), (
             4, 1, 0.0, True)):
@@ -849,7 +843,7 @@ ADAMW_NAMES = ["item_embedding", "embedding_norm.scale", "blocks.0.lru.nu_log", 
 NEARLY_DECAYED = ["item_embedding.scale", "blocks.0.lru.C.bias"]  # none ends with one of DECAYED
 
 
-def adamw_calls(_):
+def adamw_calls():
     """The third step, then the first of other numbers; eps and betas are not the usual ones."""
     for shape, earlier_steps in (((3,), 2), ((2,), 0)):
         everything = tiny_params()
@@ -868,7 +862,7 @@ def adamw_calls(_):
                    f" after {earlier_steps} right steps", 1e-12, options)
 
 
-def step_calls(_):
+def step_calls():
     """One event at a time, for some users, gives what encode gives for their histories."""
     for n, n_users, n_blocks in ((8, 3, 2), (1, 3, 2), (0, 3, 2), (4, 2, 1)):
         params = tiny_params(n_blocks=n_blocks)
@@ -885,15 +879,17 @@ def step_calls(_):
                    f" after {n} events of each of {n_users} users")
 
 
-CALLS = {  # in the order of the exercises
-    "linear_backward": layer_calls, "dropout_backward": dropout_calls,
-    "gelu_backward": layer_calls, "layer_norm_backward": layer_calls,
-    "cross_entropy_backward": cross_entropy_calls, "complex_product_backward": layer_calls,
-    "lam_backward": layer_calls, "complex_in_backward": layer_calls,
-    "complex_out_backward": layer_calls, "scan": scan_calls,
-    "scan_backward_loop": scan_backward_calls, "scan_backward": scan_backward_calls,
-    "lru_backward": lru_calls, "block_backward": block_calls, "loss_and_grads": loss_calls,
-    "adamw_update": adamw_calls, "step": step_calls, "backward": model_calls}
+CALLS = {  # of the functions that are not in LAYERS
+    "dropout_backward": dropout_calls, "cross_entropy_backward": cross_entropy_calls,
+    "scan": scan_calls, "scan_backward_loop": scan_backward_calls,
+    "scan_backward": scan_backward_calls, "lru_backward": lru_calls, "block_backward": block_calls,
+    "loss_and_grads": loss_calls, "adamw_update": adamw_calls, "step": step_calls,
+    "backward": model_calls}
+
+
+@functools.cache
+def calls(name):
+    return list(layer_calls(*LAYERS[name]) if name in LAYERS else CALLS[name]())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1011,7 +1007,7 @@ EXERCISES = {  # easy to hard: name -> minutes, functions to write
     "scan_backward": (30, ["scan_backward"]), "lru": (25, ["lru_backward"]),
     "block": (25, ["block_backward"]), "loss": (25, ["loss_and_grads"]),
     "adamw": (25, ["adamw_update"]), "step": (25, ["step"]), "model": (25, ["backward"])}
-
+NAMES = [name for _, asked in EXERCISES.values() for name in asked]
 
 TASK_OF_MOST = "the gradients with respect to the forward's inputs"
 TASKS = {  # of the others
@@ -1232,7 +1228,7 @@ def load_answers(path):
     spec = importlib.util.spec_from_file_location("answers", path)
     module, answers = importlib.util.module_from_spec(spec), {}
     spec.loader.exec_module(module)
-    for name in CALLS:
+    for name in NAMES:
         value = getattr(module, name, None)
         if callable(value) and value is not ours(name):
             answers[name] = value
@@ -1374,7 +1370,7 @@ def put_in_place(paths, single=False):
         answers = load_answers(path)
         for name in answers.keys() & vars(lrurec).keys():
             setattr(lrurec, name, made_to_fit(answers[name], single))
-    names = [name for name in CALLS if hasattr(vars(lrurec).get(name), "__wrapped__")]
+    names = [name for name in NAMES if hasattr(vars(lrurec).get(name), "__wrapped__")]
     print(f"Your functions: {', '.join(names) or 'none that the model uses'}\n", flush=True)
 
 
@@ -1738,7 +1734,7 @@ def dataset(items, offsets, V):
 # ---------------------------------------------------------------------------------------------
 # Derivatives, and the grader itself
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_nan_nothing_and_changed_inputs_do_not_pass(name):
     function = ours(name)
 
@@ -1932,7 +1928,7 @@ def test_a_file_withholds_its_formula_and_with_our_answer_is_right(exercise, tmp
 def short_training(monkeypatch):
     """Of 30 steps, in this process; lrurec has its own functions again afterwards."""
     monkeypatch.setitem(globals(), "STEPS", 30)
-    for name in CALLS.keys() & vars(lrurec).keys():
+    for name in vars(lrurec).keys() & NAMES:
         monkeypatch.setattr(lrurec, name, getattr(lrurec, name))
 
 
