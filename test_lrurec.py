@@ -1304,10 +1304,9 @@ def list_exercises():
           "folder is right.\n")
     right = []
     for exercise, (minutes, asked) in EXERCISES.items():
-        mark = " "
-        if os.path.isfile(f"{exercise}.py"):
-            mark = "x" if is_right(exercise) else "?"
-        if mark == "x":
+        mark = "?" if os.path.isfile(f"{exercise}.py") else " "
+        if is_right(exercise):
+            mark = "x"
             right.append(exercise)
         print(f"  {mark} {exercise:18} {minutes:3}  {', '.join(asked)}", flush=True)
     print("\n" + what_is_next(right))
