@@ -1596,9 +1596,6 @@ def compare_with_pytorch():
 # ---------------------------------------------------------------------------------------------
 # The commands
 
-OPTIONS = ("--hint", "--formula", "--anyway", "--ml-100k", "--help")
-
-
 def refuse(message):
     print(f"test_lrurec.py: {message}", file=sys.stderr)
     return 2
@@ -3491,7 +3488,8 @@ def test_every_command_in_the_readme_parses_and_every_flag_is_shown_there_and_in
             train.parse_arguments(words)           # raises DataError
         elif script == "test_lrurec.py":
             names = {word.removesuffix(".py") for word in words}
-            assert names <= {*EXERCISES, "check", "start", "train", "pytorch", *OPTIONS}, command
+            assert names <= {*EXERCISES, *TRAININGS, "check", "start", "train", "pytorch",
+                             "--hint", "--formula"}, command
     assert program("train", "--help") == 0
     listed, shown = " ".join(capsys.readouterr().out.split()), " ".join(commands)
     for name, default in train.DEFAULTS.items():
