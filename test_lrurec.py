@@ -1133,8 +1133,7 @@ array; all else as in block_forward without dropout. as_ids raises the ValueErro
 
 def told(name):
     """What a learner is told of a function: the docstring, but for its derivative."""
-    doc = TOLD.get(name) or inspect.getdoc(ours(name)).partition("\nDerivative: ")[0]
-    return doc.strip()
+    return TOLD.get(name) or inspect.getdoc(ours(name)).partition("\nDerivative: ")[0]
 
 
 def formula(name):
