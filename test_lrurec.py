@@ -1348,34 +1348,34 @@ def start(exercise):
     return 0
 
 
-def as_lrurec_wants(value, single):
+def as_lrurec_wants(value):
     """Each array in a nest of them: row by row, and in the precision that the model trains in."""
     if isinstance(value, (tuple, list)):
-        return tuple(as_lrurec_wants(entry, single) for entry in value)
+        return tuple(as_lrurec_wants(entry) for entry in value)
     if isinstance(value, dict):
-        return {name: as_lrurec_wants(entry, single) for name, entry in value.items()}
+        return {name: as_lrurec_wants(entry) for name, entry in value.items()}
     if not isinstance(value, np.ndarray):
         return value
-    precision = {"f": np.float32, "c": np.complex64}.get(value.dtype.kind) if single else None
+    precision = {"f": np.float32, "c": np.complex64}.get(value.dtype.kind)
     return np.array(value, precision, order="C")
 
 
-def put_in_place(paths, single=False):
+def made_to_fit(function):
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        return as_lrurec_wants(function(*arguments, **options))
+    return call
+
+
+def put_in_place(paths):
     """Put the functions in the files in place of lrurec's, and print their names. Twice: a file
     imports what an exercise before it asked for, and gets the learner's the second time."""
     for path in 2 * paths:
         answers = load_answers(path)
         for name in answers.keys() & vars(lrurec).keys():
-            setattr(lrurec, name, made_to_fit(answers[name], single))
+            setattr(lrurec, name, made_to_fit(answers[name]))
     names = [name for name in NAMES if hasattr(vars(lrurec).get(name), "__wrapped__")]
     print(f"Your functions: {', '.join(names) or 'none that the model uses'}\n", flush=True)
-
-
-def made_to_fit(function, single):
-    @functools.wraps(function)
-    def call(*arguments, **options):
-        return as_lrurec_wants(function(*arguments, **options), single)
-    return call
 
 
 STEPS = 90                        # of the small training
@@ -1386,7 +1386,7 @@ log 5 = 1.609.
 
 def train_small():
     """Train a small model on TASK -> losses, eigenvalues before and after."""
-    params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0), dtype=np.float64)
+    params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0))
     opt, losses, rng = lrurec.adamw_init(params), [], np.random.default_rng(1)
     p = lrurec.blocks(params)[0]
     before, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
@@ -1435,8 +1435,8 @@ def train_anyway(paths):
 
 
 def train_ml_100k(paths):
-    """train.py's own training, in float32, with the functions in the files."""
-    put_in_place(paths, single=True)
+    """train.py's own training with the functions in the files."""
+    put_in_place(paths)
     return train.main(["train"])
 
 
