@@ -370,13 +370,12 @@ def hint(name, call, key, given):
     others = {other: m for other, m in call.expected.items() if other not in (key, *right)}
     arrays = named_arrays(name, call.arguments)
     for text, m in likenesses(n, arrays, others):
-        if same(a, m) and not same(n, m):
+        if same(a, m):
             return text
     if text := form(a, n):
         return text
     for text, tensors in mistakes(name, call):
-        if (same(a, tensors[key]) and not same(n, tensors[key])
-                and all(same(tensors[other], m) for other, m in right.items())):
+        if same(a, tensors[key]) and all(same(tensors[other], m) for other, m in right.items()):
             return text
     factor = np.vdot(n, a).real / np.vdot(n, n).real
     if (n.size > 2 or round(factor, 6).is_integer()) and same(a, (factor * n).astype(n.dtype)):
