@@ -290,17 +290,17 @@ def grade(name, function):
     """Grade an answer: more than one call, with other numbers and shapes each time. Raises Wrong;
     returns a remark, or "". """
     for call in calls(name):
-        tensors = check(name, function, call)
+        tensors = grade_call(name, function, call)
         kept = copy.deepcopy(tensors)
-        check(name, function, call, " when it is called again with the same numbers: does it "
-                                    "keep something from call to call?")
+        grade_call(name, function, call, " when it is called again with the same numbers: does "
+                                         "it keep something from call to call?")
         if any(a.tobytes() != kept[key].tobytes() for key, a in tensors.items()):
             raise Wrong(f"what your {name} returned was changed by the next call: "
                         "return new arrays")
     return MORE[name](name, function) if name in MORE else ""
 
 
-def check(name, function, call, again=""):
+def grade_call(name, function, call, again=""):
     """Grade one call of an answer -> its tensors. Raises Wrong."""
     arguments, note = copy.deepcopy(call.arguments), call.note + again
     with np.errstate(all="ignore"):
