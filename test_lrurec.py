@@ -247,8 +247,9 @@ def named_arrays(name, arguments):
     return dict(arrays_in(dict(zip(parameters, arguments)), names=CACHES.get(name, ())))
 
 
-def by_name(name, result, outputs):
-    """What `name` returned, as a dict of tensors; a dict in it counts as its entries."""
+def by_name(name, result, call):
+    """What `name` returned, as a dict of tensors; a dict of gradients counts as its entries."""
+    outputs = call.outputs
     if result is None:
         raise Wrong(f"your {name} returned nothing: a return statement is missing")
     several = isinstance(result, (tuple, list)) and len(outputs) > 1
@@ -261,7 +262,8 @@ def by_name(name, result, outputs):
     for key, value in zip(outputs, values):
         if isinstance(value, (float, np.generic)):
             value = np.asarray(value)
-        tensors.update(value if isinstance(value, dict) else {key: value})
+        by_names = isinstance(value, dict) and key not in call.expected       # dp or grads
+        tensors.update(value if by_names else {key: value})
     return tensors
 
 
@@ -276,7 +278,7 @@ def adamw_arrays(params, grads, opt):
 def tensors_of(name, function, arguments, call):
     """Call function -> what it returned by name; of adamw_update, what is in its arrays then."""
     if name != "adamw_update":
-        return by_name(name, function(*arguments, **copy.deepcopy(call.options)), call.outputs)
+        return by_name(name, function(*arguments, **copy.deepcopy(call.options)), call)
     written = adamw_arrays(*arguments[:3])
     function(*arguments, **call.options)
     for label, array in adamw_arrays(*arguments[:3]).items():
@@ -1777,6 +1779,7 @@ WRONG_VERSIONS = {  # what is wrong: the function, a version that gets ours firs
     "unknown": (LINEAR, lambda ours, d, c: (d @ abs(c[1].T), c[0].T @ d, d.sum(0)), "in all rows"),
     "digits": (GELU, lambda ours, d, c: ours(d, c) * (1 + 1e-5), "right to 5 digits"),
     "3 times": (GELU, lambda ours, d, c: ours(d, c) * 3, "3 times what it should be"),
+    "dict": (GELU, lambda ours, d, c: {"dx": ours(d, c)}, "it is a dict"),
     "tuple": (GELU, lambda ours, d, c: (ours(d, c),), "it is a tuple"),
     "no rstd": (NORM, lambda ours, d, c: (ours(d, c)[0] / c[1], *ours(d, c)[1:]), "factor rstd is"),
     "sums changed": (CE, lambda ours, dl, c: (ours(dl, c), c[1].fill(0))[0], "changed sums"),
