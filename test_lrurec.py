@@ -387,7 +387,7 @@ def hint(name, call, key, given):
             remark = ": a mean in place of a sum, or a sum in place of a mean?"
         return f"it is {factor:.6g} times what it should be{remark}"
     kind = ("entries", "entries", "rows", "blocks")[n.ndim]
-    wrong = ~np.isclose(a, n, 1e-5).reshape(len(n), -1).all(1)
+    wrong = ~np.isclose(a, n, 1e-5).reshape(*n.shape[:1], -1).all(-1)
     where = f"all {kind}" if wrong.all() else f"{kind} {np.flatnonzero(wrong).tolist()} of {len(n)}"
     return f"no known pattern; wrong in {where}: check each term of the formula for this tensor"
 
@@ -1799,6 +1799,8 @@ WRONG_VERSIONS = {  # what is wrong: the function, a version that gets ours firs
     "u conj": (LRU, lambda ours, d, c: ours(d, {**c, "u": c["u"].conj()}), 'near cache["u"])'),
     "no mask": (BLOCK, lambda ours, d, c: ours(d, {**c, "mask3": None}), '"mask3"] is missing'),
     "names": (BLOCK, lambda ours, *a: (ours(*a)[0], {}), "Missing: ['ffn.W1', "),
+    "loss": ("loss_and_grads", lambda ours, *a, **o: (lambda loss, grads: (
+        loss + 0.1, grads))(*ours(*a, **o)), "no known pattern; wrong in all entries"),
     "not tied": ("loss_and_grads", lambda ours, *a, **o: (lambda loss, grads: (
         loss, {**grads, "item_embedding": 0 * grads["item_embedding"]}))(*ours(*a, **o)), "zeros"),
     "not in place": ("adamw_update", lambda ours, *a, **o: None, "it is 2, and should be 3"),
