@@ -1189,7 +1189,7 @@ def exercise_text(exercise):
         imports = textwrap.fill(imports, 96, subsequent_indent="    ")
         parts.append(f"# What is given calls\n{imports}\n")
     if helpers:
-        parts += ["# ---- You may call\n", "\n\n".join(map(helper, helpers))]
+        parts += ["# ---- You may call\n", *map(helper, helpers)]
     body = "\n\n".join(parts).rstrip()
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
     return FILE.format(exercise=exercise, minutes=minutes, tasks="\n".join(tasks), notes=notes,
@@ -1199,11 +1199,8 @@ def exercise_text(exercise):
 def helpers_of(asked, shown, mentioned):
     """Names in lrurec: those that an answer may need, and the other functions that what is shown
     calls. mentioned: the words above, which may name constants."""
-    needed, called_above = set(), set()
-    for name in asked:
-        needed.update(MAY_CALL.get(name, ours(name).__code__.co_names))
-    for function in shown:
-        called_above.update(function.__code__.co_names)
+    needed = {word for name in asked for word in MAY_CALL.get(name, ours(name).__code__.co_names)}
+    called_above = {word for function in shown for word in function.__code__.co_names}
     functions = {name for name, value in vars(lrurec).items()
                  if inspect.isfunction(value) and value not in shown and name not in asked}
     constants = {name for name in vars(lrurec) if name.isupper() and name in mentioned | needed}
