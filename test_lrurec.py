@@ -590,7 +590,7 @@ def changes(node, quantities, known, in_index):
     """(0 if likely, else 1; hint; code in its place) for a part of our code. known: the words that
     a learner has seen, and so the quantities that a hint may name."""
     near = nearby(node, known)
-    for text, code in changed(node, in_index):
+    for text, code in likely_changes(node, in_index):
         yield 0, text + near, code
     if is_quantity(node) and not in_index:
         code = ast.unparse(node)
@@ -623,7 +623,7 @@ OPERANDS = {  # what an operator's operand is called
 SIGNS = {ast.Add: "-", ast.Sub: "+"}                     # the other one
 
 
-def changed(node, in_index):
+def likely_changes(node, in_index):
     """(hint, code in its place) for a part of our code, by what kind of part it is."""
     match node:
         case ast.BinOp(left, ast.Add() | ast.Sub(), ast.Constant()) if in_index:
