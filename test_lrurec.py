@@ -382,9 +382,8 @@ def hint(name, call, key, given):
     factor = np.vdot(n, a).real / np.vdot(n, n).real
     if (n.size > 2 or round(factor, 6).is_integer()) and same(a, (factor * n).astype(n.dtype)):
         sizes = {size for array in arrays.values() for size in array.shape}
-        remark = ""
-        if {round(factor, 9), round(1 / factor, 9)} & sizes:
-            remark = ": a mean in place of a sum, or a sum in place of a mean?"
+        by_size = {round(factor, 9), round(1 / factor, 9)} & sizes
+        remark = ": a mean in place of a sum, or a sum in place of a mean?" if by_size else ""
         return f"it is {factor:.6g} times what it should be{remark}"
     kind = ("entries", "entries", "rows", "blocks")[n.ndim]
     wrong = ~np.isclose(a, n, 1e-5).reshape(*n.shape[:1], -1).all(-1)
@@ -753,13 +752,13 @@ def dropout_calls():
 
 
 def cross_entropy_calls():
-    for k, (N, V) in enumerate(((5, 5), (8, 3))):
+    for N, V, note in ((5, 5, ""), (8, 3, AGAIN)):
         logits, weights = 3 * real(N, V + 1), abs(real(N))
         targets = (5 * np.arange(N) + 1) % (V + 1)
         weights[targets == 0] = 0
         yield backward_call(
             lambda: lrurec.cross_entropy_forward(logits.copy(), targets, weights),
-            {"dlogits": logits}, note=AGAIN if k else "")
+            {"dlogits": logits}, note=note)
 
 
 def walls_of(starts):
