@@ -1004,7 +1004,7 @@ EXERCISES = {  # easy to hard: name -> minutes, functions to write
     "adamw": (25, ["adamw_update"]), "step": (25, ["step"]), "model": (25, ["backward"])}
 NAMES = [name for _, asked in EXERCISES.values() for name in asked]
 
-TASK_OF_MOST = "the gradients with respect to the forward's inputs"
+USUAL_TASK = "the gradients with respect to the forward's inputs"
 TASKS = {  # of the others
     "scan": "the result of scan_loop in about log N array operations, without an N x N array. "
             "The grader counts the lines that Python executes: they may grow like log N",
@@ -1176,7 +1176,7 @@ xp = np
 def exercise_text(exercise):
     """An exercise file: the task, what is given, what may be called."""
     minutes, asked = EXERCISES[exercise]
-    tasks = [textwrap.fill(f"Write {name}: {TASKS.get(name, TASK_OF_MOST)}.", 96) for name in asked]
+    tasks = [textwrap.fill(f"Write {name}: {TASKS.get(name, USUAL_TASK)}.", 96) for name in asked]
     parts = [f"{heading(name)}\n    # your lines here\n" for name in asked]
     shown = [function for name in asked for function in
              (GIVEN[name] if name in GIVEN else [ours(name.replace("backward", "forward"))])]
@@ -1371,13 +1371,13 @@ def put_in_place(paths):
 
 
 STEPS = 90                        # of the small training
-TASK = """Recall the item of 3 steps ago, one of 5. A model without memory cannot get below
+RECALL_TASK = """Recall the item of 3 steps ago, one of 5. A model without memory cannot get below
 log 5 = 1.609.
 """
 
 
 def train_small():
-    """Train a small model on TASK -> losses, eigenvalues before and after."""
+    """Train a small model on RECALL_TASK -> losses, eigenvalues before and after."""
     params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0))
     opt, losses, rng = lrurec.adamw_init(params), [], np.random.default_rng(1)
     p = lrurec.blocks(params)[0]
@@ -1399,7 +1399,7 @@ def train_right(paths):
     """Train with the functions in the files; print the loss and the eigenvalues."""
     put_in_place(paths)
     losses, before, after = train_small()
-    print(f"{TASK}\nstep    loss")
+    print(f"{RECALL_TASK}\nstep    loss")
     for n in range(0, len(losses), 10):
         print(f"{n:4}  {losses[n]:6.3f}  {'#' * round(20 * losses[n])}")
     print("\nThe circle is |lam| = 1; a digit counts the eigenvalues in its place.\n"
@@ -1414,7 +1414,7 @@ def train_anyway(paths):
     right, _, _ = train_small()
     put_in_place(paths)
     yours, _, _ = train_small()
-    print(f"{TASK}\nstep   right  yours   o right, x yours, * both")
+    print(f"{RECALL_TASK}\nstep   right  yours   o right, x yours, * both")
     for n in range(0, len(right), 10):
         line = [" "] * 51
         for loss, mark in ((right[n], "o"), (yours[n], "x")):
