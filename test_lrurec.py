@@ -1341,7 +1341,7 @@ def start(exercise):
 
 
 def as_lrurec_wants(value):
-    """Each array in a nest of them: row by row, and in the precision that the model trains in."""
+    """Each array in a nest of them: row by row, and in float32, as the model trains."""
     if isinstance(value, (tuple, list)):
         return tuple(as_lrurec_wants(entry) for entry in value)
     if isinstance(value, dict):
@@ -1377,7 +1377,7 @@ log 5 = 1.609.
 
 
 def train_small():
-    """Train a small model on RECALL_TASK -> losses, eigenvalues before and after."""
+    """Train a small model on RECALL_TASK, in float32 -> losses, eigenvalues before and after."""
     params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0))
     opt, losses, rng = lrurec.adamw_init(params), [], np.random.default_rng(1)
     p = lrurec.blocks(params)[0]
