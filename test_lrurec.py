@@ -1320,9 +1320,10 @@ def grade_files(paths):
     folder too."""
     right = [path for path in paths if grade_file(path)]
     if len(paths) > 1:
-        names = [os.path.basename(path) for path in right]
-        print(what_is_next([exercise for exercise in EXERCISES if f"{exercise}.py" in names
-                            or f"{exercise}.py" not in paths and is_right(exercise)]))
+        solved = {os.path.basename(path)[:-len(".py")] for path in right}
+        solved.update(exercise for exercise in EXERCISES
+                      if f"{exercise}.py" not in paths and is_right(exercise))
+        print(what_is_next([exercise for exercise in EXERCISES if exercise in solved]))
     return int(len(right) < len(paths))
 
 
