@@ -284,11 +284,10 @@ def describe(data, times, unit, dropped):
     had = np.bincount(user[data.items == last[user]])             # how often, the test included
     tested = lengths >= 3
     n_tested, n_seen = np.sum(tested), np.sum(tested & (had > 1))
-    line = f"{n_seen:,} of {n_tested:,} test items are already in their user's history"
+    lines.append(f"{n_seen:,} of {n_tested:,} test items are already in their user's history")
     if n_seen and n_seen >= 0.1 * n_tested:
-        line = (f"warning: {line}: unless --rank-seen is given, those within --max-len count as "
-                f"misses, and if all are, no Recall@k can exceed {1 - n_seen / n_tested:.3f}")
-    lines.append(line)
+        lines.append("warning: without --rank-seen those within --max-len count as misses: if all "
+                     f"are, no Recall@k can exceed {1 - n_seen / n_tested:.3f}")
     seconds, milliseconds = (np.sum((times >= low) & (times < high))
                              for low, high in (SECONDS, MILLISECONDS))
     if unit == "number" and seconds and milliseconds:
@@ -457,9 +456,12 @@ def read_events(path, columns=None, encoding="utf-8-sig"):
         try:
             when = len(times) if t is None else read_time(row[t])
         except (ValueError, OverflowError):
+            header = ""
+            if row is first and names[t].isdigit():
+                header = " is this a header? Then name the columns. If not,"
             raise DataError(
-                f"{path}, line {line}: the time {short(row[t])!r}: times must be all finite "
-                "numbers below 2^63 or all ISO 8601, as in 2024-05-01 12:30; in pandas: "
+                f"{path}, line {line}: the time {short(row[t])!r}:{header} times must be all "
+                "finite numbers below 2^63 or all ISO 8601, as in 2024-05-01 12:30; in pandas: "
                 "d['time'] = pandas.to_datetime(d['time'], dayfirst=True)") from None
         if type(when) is float and times.typecode == "q":
             times = array("d", times)

@@ -249,7 +249,7 @@ def scan_backward(dh, lam, h, starts):
 def lam_forward(nu_log, theta_log):
     """lam = exp(-nu + i theta), nu = exp(nu_log), theta = exp(theta_log).
     nu_log (H,), theta_log (H,), real -> lam (H,) complex; cache = (nu, theta, lam)
-    |lam| = exp(-nu) < 1, whatever nu_log is: the recurrence is stable (Orvieto et al. [2], 3.3).
+    |lam| = exp(-nu) < 1, whatever nu_log is: the recurrence is stable (Orvieto et al. 2023, 3.3).
     """
     nu, theta = xp.exp(nu_log), xp.exp(theta_log)
     lam = xp.exp(-nu + 1j * theta)

@@ -528,8 +528,10 @@ def train_and_test(folder, config, run):
     else:                                          # the run's model holds the titles
         _, info = read_model(path)
         data = load_data(config, digest=run["digest"])._replace(titles=info["titles"])
-    print(*data.report, f"ties by {config['ties']}; run in {printable(folder)}", sep="\n",
-          flush=True)
+    for line in data.report:
+        if not (config["rank_seen"] and "--rank-seen" in line):   # advice that has been taken
+            print(line)
+    print(f"ties by {config['ties']}; run in {printable(folder)}", flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)           # fit refuses a loss of inf or nan
         run = fit(data, config, folder, run)
@@ -658,7 +660,7 @@ def recommend_for_users(params, info, args, given):
     config = settle(given, info["config"])
     if given:                                      # other data: users with any number of events
         config["min_count"] = 0
-    data = load_data(config)
+    data = load_data(config, digest=None if given else info["digest"])
     users, seen = data.user_ids, known_histories(data, info["item_ids"])
     if args.user is not None:
         if args.user not in users:
