@@ -895,17 +895,19 @@ def refuses_unknown_items(name, function):
     params, ones = tiny_params(), np.ones(2, int)
     for item in (8, -1):
         items = np.array([1, item])
-        try:
-            if name == "step":
-                function(params, lrurec.init_state(params, 2), items)
-            else:
-                function(params, items, ones, ones > 0)
-        except ValueError:
-            continue
-        except Exception as error:
-            raise Wrong(f"your {name} should raise ValueError for item {item} of 0..7") from error
-        raise Wrong(f"your {name} gives a result for item {item} of 0..7: it should raise "
-                    "ValueError, as as_ids does")
+        if name == "step":
+            wrong_calls = [(params, lrurec.init_state(params, 2), items)]
+        else:
+            wrong_calls = [(params, items, ones, ones > 0), (params, ones, items, ones > 0)]
+        for arguments in wrong_calls:
+            try:
+                function(*arguments)
+            except ValueError:
+                continue
+            except Exception as error:
+                raise Wrong(f"your {name} should raise ValueError for id {item} of 0..7") from error
+            raise Wrong(f"your {name} gives a result for id {item} of 0..7: it should raise "
+                        "ValueError, as as_ids does")
     return ""
 
 
