@@ -549,13 +549,15 @@ def code_changes(name):
         nodes = list(ast.walk(ast.parse("\n".join(lines))))
         quantities = {ast.unparse(node) for node in nodes if is_quantity(node)}
         in_index = {part for node in nodes for index in indices(node) for part in ast.walk(index)}
+        in_text = {part for node in nodes if isinstance(node, ast.JoinedStr)
+                   for part in ast.walk(node)}     # a name of a gradient: no formula
         for node in nodes:
             if not isinstance(node, (ast.expr, ast.stmt)) or node.lineno != node.end_lineno:
                 continue
+            if node in in_text:
+                continue
             line = lines[node.lineno - 1]
             before, after = line[:node.col_offset], line[node.end_col_offset:]
-            if before + ast.unparse(node) + after != line:
-                continue                           # in an f-string: its place is not known
             for rank, text, code in changes(node, quantities, known, node in in_index):
                 lines[node.lineno - 1] = before + code + after
                 namespace = {**globals(), **vars(lrurec)}
@@ -581,8 +583,8 @@ def is_quantity(node):
     """A name that is read, or an entry like cache["u"]."""
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         return isinstance(node.slice.value, str) and isinstance(node.ctx, ast.Load)
-    return (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-            and node.id not in {**vars(lrurec), **globals(), **vars(builtins)})
+    return (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not any(
+        node.id in namespace for namespace in (vars(lrurec), globals(), vars(builtins))))
 
 
 def changes(node, quantities, known, in_index):
