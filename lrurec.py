@@ -45,14 +45,13 @@ Where [1] and its authors' code differ, we follow the code: no second GELU after
 tanh form of GELU, dropout from random bytes, no padding, each event is a target exactly once an
 epoch; README, "Where we differ", has the whole list.
 """
-import contextlib
 import json
 import math
 import os
 
 import numpy as np
 
-xp = np                           # the array library: NumPy, or CuPy after use_device("gpu")
+xp = np                           # the array library; use_device, at the end, can make it CuPy
 
 
 # ---- Layers. Each forward returns (out, cache). Its backward stands directly below and returns the
@@ -133,7 +132,7 @@ def dropout_forward(x, p, rng):
     if p == 0:
         return x, None
     n_dropped = min(round(256 * p), 255)           # of the 256 values of a byte; 1 is always kept
-    mask = (_random_bytes(x.shape, rng) >= n_dropped).astype(x.dtype)
+    mask = (random_bytes(x.shape, rng) >= n_dropped).astype(x.dtype)
     mask *= 256 / (256 - n_dropped)                # 1/(1-p)
     return x * mask, mask
 
@@ -145,11 +144,9 @@ def dropout_backward(dout, mask):
     return dout if mask is None else dout * mask
 
 
-def _random_bytes(shape, rng):
+def random_bytes(shape, rng):
     """Uniform bytes, eight from each 64-bit draw: random floats would cost 3 % of a step."""
     size = math.prod(shape)
-    if xp is not np:
-        return _gpu_random_bytes(int(rng.integers(2 ** 63)), size=size).reshape(shape)
     bits = rng.integers(2 ** 64 - 1, size=(size + 7) // 8, dtype=np.uint64, endpoint=True)
     return bits.view(np.uint8)[:size].reshape(shape)
 
@@ -212,19 +209,16 @@ def scan(lam, u, starts):
     (Brent and Kung, 1982). The recursion ends when no row looks back: at one row, or as soon as
     only walls are left. lam is squared in double precision: each squaring doubles its error.
     """
-    if xp is not np:
-        h = u.copy()
-        _gpu_scan(lam, starts, *h.shape, h, size=h.size)
-        return h
     if starts[1:].all():
         return u.copy()
     N, a = len(u), lam.astype(u.dtype)             # a: lam, in the precision of u
     pairs = a * u[0:N - 1:2]                       # lam u_{2m}; below, + u_{2m+1}: (N // 2, H)
     pairs[starts[1::2]] = 0
     pairs += u[1::2]
+    odd = scan(lam.astype(complex) ** 2, pairs, starts[0:N - 1:2] | starts[1::2])
     h = u.copy()
-    h[1::2] = scan(lam.astype(complex) ** 2, pairs, starts[0:N - 1:2] | starts[1::2])
-    from_odd = a * h[1:-1:2]                       # for rows 2, 4, ...
+    h[1::2] = odd                                  # rows 1, 3, ...
+    from_odd = a * odd[:(N - 1) // 2]              # for rows 2, 4, ...
     from_odd[starts[2::2]] = 0
     h[2::2] += from_odd
     return h
@@ -647,29 +641,13 @@ def clip_gradients(grads, max_norm):
 
 # ---- Files: one .npz, readable without pickle
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Open a file to write bytes; when the with block ends, it takes the place of path, whole or
-    not at all. If the block fails, the old file stays. An OSError names path."""
-    temporary = f"{path}.part"                     # overwrites what a killed run left
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:                       # a full disk's error names no file
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def save(path, params, **extra):
-    """Write params, a dict of arrays, and extra, anything that JSON can hold. Raises OSError."""
+    """Write params, a dict of arrays, and extra, anything that JSON can hold. The file is written
+    as path.part, which then takes the place of path: a killed save leaves the old file whole."""
     arrays = {name: to_host(p) for name, p in params.items()}
-    with whole_file(path) as file:
+    with open(f"{path}.part", "wb") as file:       # given a name, np.savez would append .npz
         np.savez(file, extra=np.array(json.dumps(extra)), **arrays)
+    os.replace(f"{path}.part", path)
 
 
 def load(path):
@@ -685,14 +663,23 @@ def load(path):
 
 # ---- The array backend: CuPy in place of NumPy, on request. All of the above runs on either.
 
+CPU = np, scan, random_bytes, ROWS_PER_CHUNK
+
+
 def use_device(device):
-    """Compute on "cpu" (NumPy) or "gpu" (CuPy) from now on. Raises RuntimeError without a GPU."""
-    global xp, ROWS_PER_CHUNK, _gpu_scan, _gpu_random_bytes
+    """Compute on "cpu" (NumPy) or "gpu" (CuPy) from now on: xp, scan, random_bytes and
+    ROWS_PER_CHUNK become those of the device. On a device that is in use already nothing happens.
+    Raises RuntimeError without a GPU."""
+    global xp, scan, random_bytes, ROWS_PER_CHUNK
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
-    xp, ROWS_PER_CHUNK = np, 256
-    if device == "cpu":
-        return
+    in_use = "cpu" if xp is np else "gpu"
+    if device != in_use:
+        xp, scan, random_bytes, ROWS_PER_CHUNK = CPU if device == "cpu" else gpu()
+
+
+def gpu():
+    """What use_device("gpu") puts in the place of CPU. Raises RuntimeError."""
     try:
         import cupy
         cupy.zeros(1) + 1                          # needs a GPU, its driver and CUDA's compiler
@@ -700,8 +687,7 @@ def use_device(device):
         raise RuntimeError(f"CuPy cannot use an NVIDIA GPU ({' '.join(str(error).split())}): use "
                            "--device cpu, or install a driver and CuPy: python -m pip install "
                            '"cupy-cuda12x[ctk]" (cupy-cuda13x for CUDA 13)') from None
-    xp, ROWS_PER_CHUNK = cupy, 2 ** 26             # a GPU wants few, large operations
-    _gpu_scan = xp.ElementwiseKernel(              # one thread walks one segment of one channel
+    scan_kernel = cupy.ElementwiseKernel(          # one thread walks one segment of one channel
         "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
         long long row = i / H, c = i % H;
         if (row == 0 || starts[row]) {
@@ -711,12 +697,23 @@ def use_device(device):
                 h[row * H + c] = state;
             }
         }""", "lru_scan")
-    _gpu_random_bytes = xp.ElementwiseKernel(      # splitmix64 (Steele et al. 2014) of seed + i
+    bytes_kernel = cupy.ElementwiseKernel(         # splitmix64 (Steele et al. 2014) of seed + i
         "uint64 seed", "uint8 out", """
         unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
         out = (z ^ (z >> 31)) >> 56;""", "random_bytes")
+
+    def gpu_scan(lam, u, starts):
+        h = u.copy()
+        scan_kernel(lam, starts, *h.shape, h, size=h.size)
+        return h
+
+    def gpu_random_bytes(shape, rng):
+        seed = int(rng.integers(2 ** 63))
+        return bytes_kernel(seed, size=math.prod(shape)).reshape(shape)
+
+    return cupy, gpu_scan, gpu_random_bytes, 2 ** 26              # a GPU wants few, large products
 
 
 def to_host(array):

@@ -547,8 +547,10 @@ def train_and_test(folder, config, run):
               "seconds": sum(epoch["seconds"] for epoch in history), "history": history,
               "validation": info["validation"], "test": tests["LRURec"],
               "baselines": {"popularity": tests["popularity"], "markov": tests["Markov"]}}
-    with lrurec.whole_file(os.path.join(folder, "metrics.json")) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+    metrics_path = os.path.join(folder, "metrics.json")
+    with open(metrics_path + ".part", "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+    os.replace(metrics_path + ".part", metrics_path)
     print(f"\ntest, best epoch {info['epoch']}, trained for {report['seconds']:.0f} s")
     print_table(tests)
 
