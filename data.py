@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Interactions in, sequences and batches out.
 
-    file or archive -> read_events               -> Events      one row per event, as in the file
+    file or archive -> read_events               -> Events      one entry per event, as in the file
                     -> prepare                   -> Dataset     filtered, ids 1..V, sorted by time
                     -> training_rows, batches    -> items, targets, starts for the model
                     -> histories                 -> histories and true items for the evaluation
 
-The order is a reader's: what the model sees first, text files last. The protocol is that of the
-official LRURec code for MovieLens, except where a docstring says otherwise.
+The order is a reader's: what the model sees first, then how the events are filtered and sorted,
+text files and archives last; a function stands above those that it calls. The protocol is that of
+the official LRURec code for MovieLens, except where a docstring says otherwise.
+
+Does NOT guess: what a file's first line leaves open is asked for. Does NOT read JSON, Parquet or
+anything else that is not delimited text, nor use ratings or any other column.
 """
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import itertools
+import math
+import operator
 import os
 import re
 import subprocess
@@ -23,7 +30,7 @@ import urllib.request
 import zipfile
 import zlib
 from array import array
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +45,11 @@ class Dataset(NamedTuple):
     item_ids: list              # (V + 1,) raw ids; item_ids[0] is ""
     titles: list                # (V + 1,) titles, or the raw id where there is none
     digest: str                 # of items, offsets and item_ids: the same data, the same digest
-    report: tuple = ()          # lines that say what was read and dropped; some begin "warning: "
-    settings: dict = {}         # of load_dataset; a run keeps them
+    report: tuple = ()          # lines that say what was read and dropped
+
+
+class DataError(ValueError):
+    """The user's input cannot be used; the message says what, where and what to do."""
 
 
 # ---- Training rows: leave-one-out, windows, batches
@@ -67,9 +77,11 @@ def training_rows(data, max_len=None):
     targets, first = data.items[training], first[training]
     items = np.roll(targets, 1)
     items[first] = 0
-    begins = np.flatnonzero(first).tolist()                       # of the users, in rows
+    begins = np.flatnonzero(first).tolist()                       # each user's first row
     windows = [0]
     for begin, end in zip(begins, [*begins[1:], len(items)]):
+        # Each window's end, from the last one back. Rows 10:17 at max_len 3: the ends are 17, 14
+        # and 11, so the windows are 10:11, 11:14 and 14:17
         windows += reversed(range(end, begin, -(max_len or len(items))))
     windows = np.array(windows)
     starts = first.copy()
@@ -80,10 +92,10 @@ def training_rows(data, max_len=None):
 
 def batches(rows, batch_size, rng):
     """Yield (items, targets, starts) of batch_size windows at a time, in random order."""
-    order = rng.permutation(len(rows.windows) - 1)
-    for k in range(0, len(order), batch_size):
+    shuffled = rng.permutation(len(rows.windows) - 1)
+    for k in range(0, len(shuffled), batch_size):
         index = np.concatenate([np.arange(rows.windows[w], rows.windows[w + 1])
-                                for w in order[k:k + batch_size]])
+                                for w in shuffled[k:k + batch_size]])
         yield rows.items[index], rows.targets[index], rows.starts[index]
 
 
@@ -116,480 +128,349 @@ def last_events(data, begins, ends, max_len):
     return [data.items[begin:end] for begin, end in zip(begins, ends)]
 
 
-# ---- Filtering and order
+# ---- load_dataset: filtering and order, then the report
+
+NAMES = ("ml-100k", "ml-1m")
+TIES = ("item", "file", "random")
+
+
+def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles=None,
+                 title_columns=None, delimiter=None):
+    """source: "ml-100k", "ml-1m" or the path of a text file -> Dataset. Raises DataError.
+
+    min_count       items, then users, with fewer events are dropped, one pass each; 0 keeps all
+    ties            order of events of equal time: "item" by id, as officially; "file" as in the
+                    file; "random" from seed
+    columns         "USER,ITEM" or "USER,ITEM,TIME": names in the header, or numbers from 1 in a
+                    file without one; None: the header has the usual names
+    titles          a text file of item ids and titles, with title_columns "ITEM,TITLE" likewise
+    delimiter       of these files, where a first line could be divided in several ways
+    """
+    files = [path for path in (source, titles) if path is not None and path not in NAMES]
+    for path in files:
+        if not os.path.isfile(path):               # a pipe could be read only once
+            raise DataError(f"{path} is not a file; known by name are {' and '.join(NAMES)}")
+    if ties not in TIES:
+        raise DataError(f"ties must be one of {', '.join(TIES)} (got {ties!r})")
+    if source in NAMES and columns is not None:
+        raise DataError(f"--columns is for a file: the columns of {source} are known")
+    if titles is None and title_columns is not None:
+        raise DataError("--title-columns are those of --titles: give both")
+    if delimiter is not None and not any(delimiter and delimiter in first_line(path)[1]
+                                         for path in files):
+        raise DataError(f"--delimiter {delimiter!r} is not in the first line of a file")
+
+    if source in NAMES:
+        events, title_of = read_movielens(source)
+    else:
+        events, title_of = read_events(source, columns, delimiter), {}
+    data = prepare(events, str(source), min_count, ties, seed)
+    if titles is not None:
+        title_of = read_titles(titles, title_columns, delimiter)
+        n_titled = sum(raw in title_of for raw in data.item_ids[1:])
+        if not n_titled:
+            raise DataError(f"{titles}: no title for an item of {source}: check --title-columns")
+        line = f"titles: for {n_titled:,} of {len(data.item_ids) - 1:,} items"
+        data = data._replace(report=(*data.report, line))
+    return data._replace(titles=[title_of.get(raw, raw) for raw in data.item_ids])
+
 
 class Events(NamedTuple):
     """Interactions in file order."""
     users: np.ndarray           # (events,) int, positions in user_ids
     items: np.ndarray           # (events,) int, positions in item_ids
-    times: np.ndarray           # (events,) int or float; 0, 1, 2, ... where the file has no times
+    times: np.ndarray           # (events,) float; 0, 1, 2, ... where the file has no times
     user_ids: list              # raw ids, text
     item_ids: list
-    unit: str                   # of times: "number", as the file has it; "microseconds"; "line"
+    has_times: bool
     report: tuple = ()          # which column was read as what, and the first event
 
 
 def prepare(events, name, min_count, ties, seed):
-    """Events -> Dataset, report: a list of lines.
-
-    Dropped are repeats, then items, then users, with fewer than min_count events. A repeat has the
-    item of its user's event before, in the order of user, time, item: neither the order of lines
-    nor lines that stand twice matter. (The official code compares neighbouring lines: a deviation
-    without effect on MovieLens.) Raises DataError where nothing is left.
-    """
-    users, user_ids = by_raw_id(events.users, events.user_ids)
-    items, item_ids = by_raw_id(events.items, events.item_ids)
-    times, keep, left = events.times, np.ones(len(users), bool), [len(users)]
-    order = np.lexsort((items, times, users))      # by user, time, item
-    before, after = order[:-1], order[1:]
-    repeats = (users[before] == users[after]) & (items[before] == items[after])
-    keep[after[repeats]] = False
-    left.append(np.count_nonzero(keep))
-    for codes in (items, users):
-        counts = np.bincount(codes[keep], minlength=codes.max() + 1)
-        keep &= counts[codes] >= min_count
-        left.append(np.count_nonzero(keep))
+    """Events -> Dataset, without titles. Raises DataError where nothing is left."""
+    users, user_ids = sort_ids(events.users, events.user_ids)
+    items, item_ids = sort_ids(events.items, events.item_ids)
+    by_item = np.lexsort((items, events.times, users))            # by user, then time, then item
+    keep, dropped = filter_events(users, items, by_item, min_count)
     if not keep.any():
         raise DataError(f"{name}: nobody is left with {min_count} events or more: lower "
                         f"--min-count, or check the columns ({'; '.join(events.report)})")
-    if ties == "file":
-        order = np.lexsort((times, users))         # stable: equal ones stay as in the file
-    elif ties == "random":
-        tie = np.zeros(len(keep), np.int64)
-        tie[keep] = np.random.default_rng(seed).permutation(left[-1])
-        order = np.lexsort((tie, times, users))
-    order = order[keep[order]]
-    users, user_ids = without_gaps(users[order], user_ids)
-    items, item_ids = without_gaps(items[order], item_ids)
-    items, item_ids = items + 1, ["", *item_ids]   # 0 is the empty history
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
+    if ties == "item":
+        order = by_item
+    elif ties == "file":
+        order = np.lexsort((events.times, users))  # stable: at equal times as in the file
+    else:
+        tie = np.zeros(len(keep), int)             # drawn for the kept ones alone
+        tie[keep] = np.random.default_rng(seed).permutation(keep.sum())
+        order = np.lexsort((tie, events.times, users))
+    order = order[keep[order]]                     # without the events that are dropped
+    users, items, times = users[order], items[order], events.times[order]
+
+    left, lengths = np.unique(users, return_counts=True)          # the users that are left
+    user_ids = [user_ids[k] for k in left]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    left, items = np.unique(items, return_inverse=True)           # and the items, without gaps
+    item_ids = ["", *(item_ids[k] for k in left)]
+    items += 1                                                    # 0 is the empty history
     digest = hashlib.sha256(np.concatenate([items, offsets]).astype("<i8", copy=False))
     for raw in item_ids[1:]:
         digest.update(b"\0" + raw.encode())
     data = Dataset(name, items, offsets, user_ids, item_ids, item_ids, digest.hexdigest())
-    repeats, of_items, of_users = -np.diff(left)
-    dropped = (f"dropped: {repeats:,} repeats of the previous event, {of_items:,} events of items "
-               f"and {of_users:,} events of users with fewer than {min_count}")
-    return data, [*events.report, *describe(data, times[order], events.unit, dropped)]
+    facts = describe(data, times if events.has_times else None, dropped)
+    return data._replace(report=(*events.report, *facts))
 
 
-def by_raw_id(codes, raw_ids):
-    """codes and raw_ids with the raw ids ascending: as numbers where all are, else as text."""
-    order = sorted(range(len(raw_ids)), key=raw_ids.__getitem__)
-    try:
-        values = [number(raw) for raw in raw_ids]
-        order.sort(key=values.__getitem__)         # equal ones, 1 and 01, stay in order of text
-    except ValueError:
-        pass                                       # not all are numbers
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return rank[codes], [raw_ids[k] for k in order]
+def sort_ids(codes, raw_ids):
+    """codes, positions in raw_ids -> positions in the ascending raw ids, and these.
 
-
-def without_gaps(codes, raw_ids):
-    """codes and raw_ids without the ids that no event has."""
-    occurs = np.bincount(codes, minlength=len(raw_ids)) > 0
-    return (np.cumsum(occurs) - 1)[codes], list(itertools.compress(raw_ids, occurs.tolist()))
-
-
-# ---- load_dataset and its report
-
-NAMES = ("ml-100k", "ml-1m")
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-def printable(text):
-    """text with its control characters written as escapes: safe to show on a terminal."""
-    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
-class DataError(ValueError):
-    """The user's input cannot be used; the message is one printable line."""
-
-    def __init__(self, message):
-        super().__init__(printable(message))
-
-
-def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles=None,
-                 title_columns=None):
-    """source: "ml-100k", "ml-1m" or the path of a file -> Dataset. Raises DataError.
-
-    min_count       items, then users, with fewer events are dropped, one pass each; 0 keeps all
-    ties            order of events of equal time: "item" by id, as officially, "file", "random"
-    columns         "USER,ITEM" or "USER,ITEM,TIME", or a list: names in the header, or numbers
-                    from 1 where every line is an event; None: the header has the usual names
-    titles          a file of item ids and titles, with title_columns "ITEM,TITLE" likewise
+    They ascend as int where all are, else as float where all are, else as text; equal numbers (01
+    and 1) as text.
     """
-    if ties not in ("item", "file", "random"):
-        raise DataError(f"ties must be 'item', 'file' or 'random' (got {ties!r})")
-    for name, value in (("min_count", min_count), ("seed", seed)):
-        if not isinstance(value, int) or value < 0:
-            raise DataError(f"{name} must be an integer of 0 or more (got {value!r})")
-    columns, title_columns = as_text(columns), as_text(title_columns)
-    names = column_names(columns, "--columns USER,ITEM[,TIME]", (2, 3))
-    title_names = column_names(title_columns, "--title-columns ITEM,TITLE", (2,))
-    if source not in NAMES:
-        events, title_of = read_events(source, names), {}
-    elif columns is None:
-        events, title_of = read_movielens(source)
-    else:
-        raise DataError(f"--columns is for a file: the columns of {source} are known")
-    data, report = prepare(events, str(source), min_count, ties, seed)
-    if titles is not None:
-        title_of = read_titles(titles, title_names)
-        titled = sum(raw in title_of for raw in data.item_ids[1:])
-        if not titled:
-            raise DataError(f"{titles}: no title for an item of {source}: check its columns")
-        report.append(f"titles: for {titled:,} of {len(data.item_ids) - 1:,} items")
-    settings = {"min_count": min_count, "ties": ties, "columns": columns,
-                "title_columns": title_columns}
-    if ties == "random":
-        settings["seed"] = seed
-    return data._replace(titles=[title_of.get(raw, raw) for raw in data.item_ids],
-                         report=tuple(map(printable, report)), settings=settings)
+    ascending = sorted(raw_ids)
+    for number in (int, float):
+        try:
+            ascending = sorted(ascending, key=number)             # stable
+            break
+        except ValueError:                                        # not all are such numbers
+            continue
+    position = {raw: k for k, raw in enumerate(ascending)}
+    return np.array([position[raw] for raw in raw_ids], codes.dtype)[codes], ascending
 
 
-def as_text(columns):
-    """Columns, a text or a list or None, as the command line has them."""
-    return ",".join(map(str, columns)) if isinstance(columns, (list, tuple)) else columns
+def filter_events(users, items, by_item, min_count):
+    """Which events are kept, (events,) bool, and a line that says what was dropped. by_item: the
+    events' positions in the order of user, time, item.
+
+    Repeats go first, then items, then users, with fewer than min_count events. A repeat has the
+    item of its user's event before in that order: neither the order of lines nor lines that stand
+    twice matter. (The official code compares neighbouring lines: a deviation without effect on
+    MovieLens.)
+    """
+    before, after = by_item[:-1], by_item[1:]
+    keep = np.ones(len(users), bool)
+    keep[after] = (users[before] != users[after]) | (items[before] != items[after])
+    counts = [len(keep), keep.sum()]
+    for codes in (items, users):
+        keep &= np.bincount(codes, weights=keep)[codes] >= min_count
+        counts.append(keep.sum())
+    repeats, of_items, of_users = -np.diff(counts)
+    return keep, (f"dropped: {repeats:,} repeats of the previous event, {of_items:,} events of "
+                  f"items and {of_users:,} events of users with fewer than {min_count}")
 
 
-def column_names(columns, flag, counts):
-    """"USER,ITEM" as ["USER", "ITEM"]; None stays None."""
-    if columns is None:
-        return None
-    names = [untyped(name) for name in columns.split(",")] if isinstance(columns, str) else []
-    if len(names) not in counts or len(set(names)) < len(names) or "" in names:
-        raise DataError(f"must be {flag}, all different (got {columns!r})")
-    return names
-
-
-def describe(data, times, unit, dropped):
-    """Lines that show a wrong reading at once: counts, first and last time, ties, repeats."""
-    lengths, events = np.diff(data.offsets), f"{len(times):,} events"
-    if unit != "line":
-        events += " from {} to {}".format(*dates(times, unit))
+def describe(data, times, dropped):
+    """Lines that show a wrong reading at once: counts, first and last time, ties, repeats.
+    times (events,), None where the file has none; dropped: the line of filter_events."""
+    lengths, events = np.diff(data.offsets), f"{len(data.items):,} events"
+    if times is not None:
+        events += " from {} to {}".format(*dates(times.min(), times.max()))
     lines = [f"{data.name}: {len(lengths):,} users, {len(data.item_ids) - 1:,} items, {events}",
              dropped]
     user = np.repeat(np.arange(len(lengths)), lengths)            # (events,) whose event it is
-    if unit != "line":
+    if times is not None:
         ties = np.sum((times[1:] == times[:-1]) & (user[1:] == user[:-1]))
-        ties = ties / max(1, len(times) - len(lengths))           # of those that have one before
-        line = f"{ties:.0%} of events have the same time as their user's previous event"
-        if ties > 0.6:
-            line = f"warning: {line}: their order is --ties, unless --columns names a finer time"
-        lines.append(line)
+        share = ties / max(1, len(times) - len(lengths))          # of those that have one before
+        lines.append(f"{share:.0%} of events have the same time as their user's previous event")
     last = data.items[data.offsets[1:] - 1]                       # (users,) the test items
     had = np.bincount(user[data.items == last[user]])             # how often, the test included
     tested = lengths >= 3
-    n_tested, n_seen = np.sum(tested), np.sum(tested & (had > 1))
-    lines.append(f"{n_seen:,} of {n_tested:,} test items are already in their user's history")
-    if n_seen and n_seen >= 0.1 * n_tested:
-        lines.append("warning: without --rank-seen those within --max-len count as misses: if all "
-                     f"are, no Recall@k can exceed {1 - n_seen / n_tested:.3f}")
-    seconds, milliseconds = (np.sum((times >= low) & (times < high))
-                             for low, high in (SECONDS, MILLISECONDS))
-    if unit == "number" and seconds and milliseconds:
-        lines.append(f"warning: times mix units: {seconds:,} look like seconds, {milliseconds:,} "
-                     "like milliseconds")
+    seen = np.sum(tested & (had > 1))
+    lines.append(f"{seen:,} of {tested.sum():,} test items are already in their user's history"
+                 + (": they count as misses without --rank-seen" if seen else ""))
     return lines
 
 
-SECONDS, MILLISECONDS = (1e8, 1e11), (1e11, 1e14)                 # what looks like these: from, to
+def dates(first, last):
+    """Two times as text: as dates where both look like seconds or milliseconds since 1970."""
+    for scale in (1, 1000):
+        if 1e8 * scale <= first and last < 1e11 * scale:
+            return [f"{datetime.fromtimestamp(time / scale, timezone.utc):%Y-%m-%d %H:%M}"
+                    for time in (first, last)]
+    return [str(time).removesuffix(".0") for time in (first, last)]
 
 
-def dates(times, unit):
-    """First and last time, as dates where they are ISO 8601 or look like (milli)seconds."""
-    first, last = times.min().item(), times.max().item()
-    if unit == "microseconds":
-        scale = 1
-    elif SECONDS[0] <= first and last < SECONDS[1]:
-        scale = 10 ** 6
-    elif MILLISECONDS[0] <= first and last < MILLISECONDS[1]:
-        scale = 10 ** 3
-    else:
-        return first, last
-    return [f"{EPOCH + timedelta(microseconds=time * scale):%Y-%m-%d %H:%M}"
-            for time in (first, last)]
+# ---- Text files: events, titles, then what both need
 
-
-# ---- MovieLens: fetched once, kept in the user's cache folder, as the archive it came in
-
-GROUPLENS = "https://files.grouplens.org/datasets/movielens/{}.zip"
-RECBOLE = "recbole==1.2.1"                      # its wheel holds a copy of ML-100K
-RECBOLE_FOLDER = "recbole/dataset_example/ml-100k/ml-100k"
-UNREADABLE = zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError
-# SHA-256 of the parsed events, as int64 (user, item, time), sorted: the same for either source
-ML_100K_EVENTS = "1afd07a2aed70da877a6e56275fd8531be6ee9b84a95484c641a2af341950882"
-
-
-def read_movielens(name, opener=urllib.request.urlopen):
-    """Events and {raw item id: title} of "ml-100k" or "ml-1m", from its archive in the cache, which
-    is fetched where it is missing. Raises DataError."""
-    # without a home, expanduser leaves the ~: no folder of that name is wanted
-    folder = os.path.expanduser(os.environ.get("LRUREC_CACHE") or "~/.cache/lrurec")
-    path = None if folder.startswith("~") else os.path.join(folder, name + ".zip")
-    if path and os.path.exists(path):
-        try:
-            return parse_archive(name, path)
-        except UNREADABLE as error:
-            raise DataError(f"{path} is not an archive of {name} ({error}): "
-                            "delete it to have it fetched again") from None
-    url, failures = GROUPLENS.format(name), []
-    sources = [("GroupLens", lambda: opener(url, timeout=20).read())]
-    if name == "ml-100k":
-        sources.append((RECBOLE, recbole_wheel))
-    for source, get in sources:
-        if sys.stderr.isatty():
-            print(f"fetching {name} from {source}", file=sys.stderr)
-        try:
-            archive = get()
-            events, title_of = parse_archive(name, io.BytesIO(archive))
-        except Exception as error:                 # whatever it is: the next source is asked
-            failures.append(f"{source}: {' '.join(str(error).split())}")
-            continue
-        if not (path and saved(archive, path)):
-            events = events._replace(report=(
-                f"warning: {name} is not kept, the cache folder cannot be written: set "
-                "LRUREC_CACHE to a folder that can",))
-        return events, title_of
-    raise DataError(f"{name} cannot be fetched ({'; '.join(failures)}): download {url} by hand and "
-                    f"put it at {path or 'a folder named by LRUREC_CACHE'}")
-
-
-def saved(archive, path):
-    """Write archive to path, whole or not at all -> whether that was possible."""
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(archive)
-        os.replace(part, path)
-    except OSError:
-        if os.path.exists(part):
-            os.remove(part)
-        return False
-    return True
-
-
-def recbole_wheel():
-    """The bytes of the RecBole wheel, through this interpreter's pip. Raises OSError."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
-                   "--disable-pip-version-check", "--dest", folder, RECBOLE]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        wheels = os.listdir(folder)
-        if done.returncode or not wheels:
-            raise OSError((done.stderr.strip() or "pip found no wheel").splitlines()[-1])
-        with open(os.path.join(folder, wheels[0]), "rb") as file:
-            return file.read()
-
-
-def parse_archive(name, archive):
-    """Events and titles of an archive, a path or an open file. Raises one of UNREADABLE."""
-    with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory() as folder:
-        if name == "ml-1m":
-            members = "ml-1m/ratings.dat", "ml-1m/movies.dat"
-        elif "ml-100k/u.data" in file.namelist():
-            members = "ml-100k/u.data", "ml-100k/u.item"
-        else:
-            members = RECBOLE_FOLDER + ".inter", RECBOLE_FOLDER + ".item"
-        ratings, films = (file.extract(member, folder) for member in members)
-        if members[0].startswith(RECBOLE_FOLDER):
-            events, title_of = read_events(ratings), recbole_titles(films)
-        else:
-            events = read_events(ratings, ["1", "2", "4"])
-            title_of = read_titles(films, ["1", "2"], "latin-1")
-    if name == "ml-100k":
-        users, items = np.array(events.user_ids, np.int64), np.array(events.item_ids, np.int64)
-        table = np.stack([users[events.users], items[events.items], events.times], 1)
-        table = table[np.lexsort(table.T[::-1])].astype("<i8")
-        if hashlib.sha256(table.tobytes()).hexdigest() != ML_100K_EVENTS:
-            raise ValueError("not the 100,000 events of ML-100K")
-    return events._replace(report=()), title_of
-
-
-def recbole_titles(path):
-    """As GroupLens has them: RecBole keeps the year apart and misspells one title."""
-    _, (i, t, y), rows = read_table(path, ("item", "title"),
-                                    ["item_id", "movie_title", "release_year"])
-    return {row[i]: "unknown" if row[t] == "unkonwn" else f"{row[t]} ({row[y]})"
-            for _, row in rows}
-
-
-# ---- Text files, read as a stream: events, titles, then what both need
-
-LINE_LIMIT = 2 ** 20                            # bytes
-DELIMITERS = ("\t", "::", ",", ";", "|", " ")   # in the first two a quote is a character like any
-KNOWN = {                                       # in lower case, without spaces, "_" and "-"
+QUOTED = (",", ";", "|")                           # between these a field may stand in quotes
+DELIMITERS = ("::", *QUOTED, " ")
+KNOWN = {                                          # in lower case, without blanks, "_" and "-"
     "user": "user userid uid reviewerid visitorid customerid sessionid".split(),
     "item": "item itemid iid movieid videoid productid asin parentasin bookid trackid "
             "articleid".split(),
     "time": "timestamp timems timestampms unixreviewtime unixtime datetime eventtime eventdate "
             "createdat ratedat time ts date".split(),
     "title": "title movietitle itemtitle producttitle prodname name caption".split()}
-MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "(null)", "None",
-           "undefined", "\\N"}                  # in exports
+USUAL = set(itertools.chain(*KNOWN.values()))
+FLAGS = {"user": "--columns USER,ITEM[,TIME]", "item": "--title-columns ITEM,TITLE"}
+MISSING = {"", "nan", "null", "none", "na", "n/a", "\\n"}         # in lower case
 
 
-def read_events(path, columns=None, encoding="utf-8-sig"):
-    """Events of a delimited text file, gzip or not. Raises DataError.
-
-    columns: [USER, ITEM] or [USER, ITEM, TIME], as texts; None: by the usual names of a header.
-    """
-    names, where, rows = read_table(path, ("user", "item", "time"), columns, encoding)
-    u, i, t = where if len(where) == 3 else [*where, None]
-    users, items, times = array("i"), array("i"), array("q")
+def read_events(path, columns=None, delimiter=None):
+    """Events of a text file. Raises DataError."""
+    names, delimiter, records = read_table(path, ("user", "item", "time"), columns, delimiter)
+    has_times = len(names) == 3
+    users, items, times = array("i"), array("i"), array("d")
     user_codes, item_codes = {}, {}                # raw id -> 0, 1, 2, ...
-    headings = {plain(names[k]) for k in (u, i) if not names[k].isdigit()}     # 0 may be an id
-    headings.update(KNOWN["user"], KNOWN["item"])
-    first, read_time = None, None
-    for line, row in rows:
-        if first is None:                          # the first time decides for all
-            first, read_time = row, None if t is None else time_reader(row[t])
-        user, item = row[u].strip(), row[i].strip()
-        if user not in user_codes or item not in item_codes:
-            check_ids(f"{path}, line {line}", user, item, headings)
-        users.append(user_codes.setdefault(user, len(user_codes)))
-        items.append(item_codes.setdefault(item, len(item_codes)))
+    first = None
+    for n, fields in records:
+        if first is None:                          # its time decides for all
+            first, numeric = fields, has_times and is_number(fields[2])
+        user, item = fields[0].strip(), fields[1].strip()
         try:
-            when = len(times) if t is None else read_time(row[t])
-        except (ValueError, OverflowError):
-            header = ""
-            if row is first and names[t].isdigit():
-                header = " is this a header? Then name the columns. If not,"
-            raise DataError(
-                f"{path}, line {line}: the time {short(row[t])!r}:{header} times must be all "
-                "finite numbers below 2^63 or all ISO 8601, as in 2024-05-01 12:30; in pandas: "
-                "d['time'] = pandas.to_datetime(d['time'], dayfirst=True)") from None
-        if type(when) is float and times.typecode == "q":
-            times = array("d", times)
-        times.append(when)
+            if user not in user_codes or item not in item_codes:
+                check_ids(user, item, names, delimiter)
+            users.append(user_codes.setdefault(user, len(user_codes)))
+            items.append(item_codes.setdefault(item, len(item_codes)))
+            times.append(read_time(fields[2], numeric) if has_times else len(times))
+        except ValueError as problem:
+            hint = ". If this line is a header, give --columns by name" if n == 1 else ""
+            raise DataError(f"{path}, line {n}: {problem}{hint}") from None
     if first is None:
         raise DataError(f"{path} has a header but no events: it needs a line for each event")
-    unit = "line" if t is None else read_time.__name__
+    origins = [f"{role} from {name}" for role, name in zip(("user", "item", "time"), names)]
+    if not has_times:
+        origins.append("time from the order of the lines")
+    report = (f"columns: {', '.join(origins)}",
+              f"first event: {', '.join(repr(text.strip()) for text in first)}")
     return Events(np.asarray(users), np.asarray(items), np.asarray(times), list(user_codes),
-                  list(item_codes), unit, columns_in_words(names, where, first))
+                  list(item_codes), has_times, report)
 
 
-def columns_in_words(names, where, row):
-    """Which column was read as what, and the first event."""
-    read = [f"{role} from {short(names[k])}" for role, k in zip(("user", "item", "time"), where)]
-    if len(where) == 2:
-        read.append("time from the order of the lines")
-    unused = [short(name) for k, name in enumerate(names) if k not in where and name]
-    others = f"; not used: {', '.join(unused[:8])}" if unused else ""
-    event = ", ".join(repr(short(row[k].strip())) for k in where)
-    return f"columns: {', '.join(read)}{others}", f"first event: {event}"
-
-
-def check_ids(place, user, item, headings):
-    """Raise DataError where a line's user and item cannot be ids. headings: names of columns."""
-    if plain(user) in headings and plain(item) in headings:
-        raise DataError(f"{place}: a header again, {user!r} and {item!r}: delete the line")
+def check_ids(user, item, names, delimiter):
+    """Raise ValueError where a line's user and item cannot be ids. names: of the columns."""
+    if [user, item] == names[:2] or plain(user) in USUAL and plain(item) in USUAL:
+        raise ValueError(f"a header again, {user!r} and {item!r}: delete the line")
     for raw in (user, item):
-        if raw in MISSING or CONTROL.search(raw):
-            raise DataError(f"{place}: {short(raw)!r} cannot be an id: it marks a missing value or "
-                            "holds control characters: correct or delete the line")
+        if raw.lower() in MISSING:
+            raise ValueError(f"{raw!r} marks a missing value: correct or delete the line")
+        if raw.startswith('"') or '"' in raw and delimiter not in QUOTED:
+            raise ValueError(f"the id {raw!r} holds a quote, which has a meaning only around the "
+                             "fields between , ; or |: write the ids without quotes")
 
 
-def number(text):
-    """text as int, exactly, or else as a float, below 2^63 in size. Raises ValueError."""
+def is_number(text):
     try:
-        value = int(text)
+        float(text)
     except ValueError:
-        value = float(text)
-    if not abs(value) < 2 ** 63 or "_" in text:    # nan is not below; Python takes 1_000 for 1000
-        raise ValueError(text)
-    return value
+        return False
+    return True
 
 
-def microseconds(text):
-    """From 1970 to an ISO 8601 time; without a zone it is UTC. Raises ValueError, OverflowError."""
-    moment = datetime.fromisoformat(text.strip().removesuffix(" UTC"))
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return (moment.astimezone(timezone.utc) - EPOCH) // timedelta(microseconds=1)
-
-
-def time_reader(text):
-    """What reads a time like text: number or microseconds."""
+def read_time(text, numeric):
+    """A time as a float: a number as it is or, if not numeric, ISO 8601 as seconds since 1970, in
+    UTC where it names no zone. Raises ValueError."""
     try:
-        number(text)
-    except ValueError:
-        return microseconds
-    return number
-
-
-def read_titles(path, columns=None, encoding="utf-8-sig"):
-    """{raw item id: title} of a text file, of several titles the last. Raises DataError.
-
-    columns: [ITEM, TITLE], as texts; None: by the usual names of a header.
-    """
-    _, (i, t), rows = read_table(path, ("item", "title"), columns, encoding)
-    return {row[i].strip(): row[t].strip() for _, row in rows if row[t].strip()}
-
-
-def read_table(path, roles, columns=None, encoding="utf-8-sig"):
-    """The columns of a text file, and its lines without the header. Raises DataError.
-
-    -> names of all columns; positions of those asked for, by names or numbers or (None) by the
-    usual names of roles; an iterator over (line number, fields), which may raise DataError too.
-    """
-    lines = read_lines(path, encoding)
-    for begin, first in enumerate(lines, 1):
-        if first.strip():
-            break
-    else:
-        raise DataError(f"{path} is empty: it needs a line for each event")
-    if "\0" in first or first.lstrip().startswith(("{", "[")):
-        raise not_text(path, "it begins like JSON or binary data")
-    by_number = columns and all(re.fullmatch("[1-9][0-9]{0,5}", text) for text in columns)
-    try:
-        delimiter, names, where = find_columns(first, roles, columns, by_number)
-    except ValueError as problem:
-        raise which_columns(f"{path}, line {begin}: {problem}", first, roles) from None
-    rows = read_rows(path, itertools.chain([first], lines), begin, delimiter, len(names))
-    if not by_number:
-        next(rows)                                 # the header
-    return names, where, rows
-
-
-def find_columns(first, roles, columns, by_number):
-    """From a first line: the delimiter, the names of all columns, and the positions of those asked
-    for, by the usual names of roles where columns is None. Raises ValueError for a wrong line."""
-    all_missing = []                               # of each delimiter
-    for delimiter in DELIMITERS:
-        fields = split_first(first, delimiter)
-        names = header_names(fields)
-        if by_number:
-            names = [str(k) for k in range(1, len(fields) + 1)]
-        if columns:
-            found = [[k for k, name in enumerate(names) if name == text] for text in columns]
+        if numeric:
+            time = float(text)
         else:
-            found = [[k for k, name in enumerate(names) if plain(name) in KNOWN[role]]
-                     for role in roles]
-        needed = columns or roles[:2]              # of the usual names, a time may be missing
-        missing = [short(name) for name, positions in zip(needed, found) if not positions]
-        if not missing:
-            break
-        all_missing.append(missing)
+            moment = datetime.fromisoformat(text.strip().removesuffix(" UTC"))
+            time = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        if math.isfinite(time) and "_" not in text:               # Python reads 1_000 as 1000
+            return time
+    except ValueError:
+        pass
+    raise ValueError(f"the time {text!r}: times must be all finite numbers or all ISO 8601, as in "
+                     "2024-05-01 12:30; in pandas: d['time'] = pandas.to_datetime(d['time'], "
+                     "format='%d/%m/%Y')")
+
+
+def read_titles(path, columns=None, delimiter=None, encoding="utf-8-sig"):
+    """{raw item id: title} of a text file, of several titles the last. Raises DataError."""
+    _, _, records = read_table(path, ("item", "title"), columns, delimiter, encoding)
+    return {item.strip(): title.strip() for _, (item, title) in records if title.strip()}
+
+
+def read_table(path, roles, columns=None, delimiter=None, encoding="utf-8-sig"):
+    """Open a text file -> names of the wanted columns, delimiter, records. Raises DataError.
+
+    roles       what the columns are for: ("user", "item", "time") or ("item", "title")
+    columns     as in load_dataset: names or numbers; None: the usual names for these roles
+    delimiter   taken if the first line holds it, else chosen
+    records     yields (line number, the fields in the wanted columns); raises DataError too
+    """
+    wanted = wanted_columns(columns, roles)
+    number, line = first_line(path, encoding)
+    try:
+        delimiter = choose_delimiter(line, roles, wanted, delimiter)
+        fields = split_line(line, delimiter)
+        where = choose_columns(fields, roles, wanted)
+    except ValueError as problem:
+        raise DataError(f"{path}, line {number}: {problem}") from None
+    if by_number(wanted):
+        header, names = 0, [f"column {k + 1}" for k in where]
     else:
-        missing = ", ".join(min(all_missing, key=len))
-        raise ValueError(f"no {'' if by_number else 'header names the '}columns {missing}")
-    for column, positions in zip(columns or roles, found):
-        if len(positions) > 1:
-            several = ", ".join(repr(short(names[k])) for k in positions)
-            raise ValueError(f"several columns for {short(column)}: {several}")
-    if not all(found) and len(names) > 2:
-        raise ValueError("no column has a usual name for the time")
-    where = [positions[0] for positions in found if positions]
-    for k in where if by_number else ():
-        if any(plain(fields[k]) in known for known in KNOWN.values()):
-            raise ValueError(f"{fields[k].strip()!r} looks like a header, but by number every line "
-                             "is an event")
-    return delimiter, names, where
+        header, names = number, [fields[k] for k in where]
+    rows = split(read_lines(path, encoding), delimiter)
+    return names, delimiter, read_records(path, rows, header, len(fields), where)
+
+
+def wanted_columns(columns, roles):
+    """"USER,ITEM" as ["USER", "ITEM"]; None stays None. Raises DataError."""
+    if columns is None:
+        return None
+    wanted = [untyped(name) for name in columns.split(",")]
+    if not 2 <= len(wanted) <= len(roles) or len(set(wanted)) < len(wanted) or "" in wanted:
+        raise DataError(f"{FLAGS[roles[0]]} must be different names or numbers (got {columns!r})")
+    return wanted
+
+
+def by_number(wanted):
+    return wanted is not None and all(name.isdecimal() for name in wanted)
+
+
+def choose_delimiter(line, roles, wanted, given):
+    """The delimiter of a file, from its first line: the given one or a tab, if the line holds it,
+    else the only one that yields all wanted columns. Raises ValueError where several do."""
+    for delimiter in (given, "\t"):
+        if delimiter and delimiter in line:
+            return delimiter
+    fields_of = {d: split_line(line, d) for d in DELIMITERS if d in line}
+    complete = [d for d, fields in fields_of.items()
+                if all(find_columns(fields, roles, wanted).values())]
+    if len(complete) > 1:
+        raise ValueError(f"it can be divided at {' or '.join(map(repr, complete))}: give one as "
+                         f"--delimiter. The line: {line.strip()[:400]!r}")
+    if complete:
+        return complete[0]
+    # No delimiter will do. The one with most fields lets choose_columns show them
+    return max(fields_of, key=lambda d: len(fields_of[d]), default=",")
+
+
+def find_columns(fields, roles, wanted):
+    """{wanted name: positions of the fields of a first line that fit it}. Where no names are given,
+    these are the roles, without "time" if no field has a usual name for a time."""
+    if wanted is None:
+        found = {role: [k for k, field in enumerate(fields) if plain(field) in KNOWN[role]]
+                 for role in roles}
+        return {role: fits for role, fits in found.items() if fits or role != "time"}
+    names = [str(k + 1) if by_number(wanted) else untyped(field) for k, field in enumerate(fields)]
+    return {column: [k for k, name in enumerate(names) if name == column] for column in wanted}
+
+
+def choose_columns(fields, roles, wanted):
+    """The positions of the wanted columns in the fields of a first line. Raises ValueError."""
+    found = find_columns(fields, roles, wanted)
+    missing = [name for name, fits in found.items() if not fits]
+    several = [f"{name}: {', '.join(repr(fields[k]) for k in fits)}"
+               for name, fits in found.items() if len(fits) > 1]
+    where = [fits[0] for fits in found.values() if fits]
+    headings = [fields[k] for k in where if plain(fields[k]) in USUAL]
+    if missing and by_number(wanted):
+        problem = f"no column {', '.join(missing)}: they are numbered from 1"
+    elif missing:
+        problem = f"no header names the columns {', '.join(missing)}"
+    elif several:
+        problem = (f"several columns for {'; '.join(several)} (of one name? then delete this line "
+                   "and choose by number)")
+    elif len(where) < len(roles) and wanted is None and len(fields) > 2:
+        problem = "no column has a usual name for the time"
+    elif headings and by_number(wanted):
+        problem = f"{headings[0]!r} looks like a header, but by number every line is an event"
+    else:
+        return where
+    shown = ", ".join(f"{k} {field!r}" for k, field in enumerate(fields, 1))
+    raise ValueError(f"{problem}. Its fields: {shown[:400]}. Give {FLAGS[roles[0]]}: by name in a "
+                     "header, by number where there is none")
 
 
 def untyped(name):
@@ -602,89 +483,163 @@ def plain(name):
     return re.sub("[_ -]", "", untyped(name).lower())
 
 
-def header_names(fields):
-    """The names in a header, without empty ones at the end."""
-    names = [untyped(field) for field in fields]
-    while names and not names[-1]:
-        names.pop()
-    return names
-
-
-def which_columns(problem, first, roles):
-    """The DataError that shows the fields of a file's first line and asks for the columns."""
-    by_delimiter = [split_first(first, delimiter) for delimiter in DELIMITERS]
-    fields = next((fields for fields in by_delimiter if len(fields) > 1), [first])
-    shown = ", ".join(f"{k} {short(field.strip())!r}" for k, field in enumerate(fields[:20], 1))
-    flag = "--columns USER,ITEM[,TIME]" if "user" in roles else "--title-columns ITEM,TITLE"
-    return DataError(f"{problem}. Its fields: {shown}{', ...' if fields[20:] else ''}. "
-                     f"Give {flag}: by name in a header, by number where there is none")
-
-
-def split_first(first, delimiter):
-    """The fields of a first line; the whole line where its quotes are not those of CSV."""
+def read_records(path, rows, header, width, where):
+    """Yield (line number, the fields at where) of each line below the header that is not blank.
+    rows: a csv.reader; header: its line, or 0. Raises DataError."""
+    n, pick = header, operator.itemgetter(*where)
     try:
-        return next(split([first], delimiter))
+        for n, fields in enumerate(itertools.islice(rows, header, None), header + 1):
+            if rows.line_num != n:
+                raise DataError(f"{path}, line {n}: a field in quotes goes on in the next line: "
+                                "check its quotes")
+            if len(fields) == width:
+                yield n, pick(fields)
+            elif "".join(fields).strip():
+                raise DataError(f"{path}, line {n}: {len(fields)} fields, but the first line has "
+                                f"{width}: correct it; between , ; or | a field that holds the "
+                                "delimiter stands in quotes")
+    except csv.Error as error:
+        raise DataError(f"{path}, line {n + 1}: {error}: check its quotes") from None
+
+
+def split_line(line, delimiter):
+    """The fields of one line; the whole line where its quotes are not those of CSV."""
+    try:
+        return [field.strip() for field in next(split([line], delimiter))]
     except csv.Error:
-        return [first]
+        return [line.strip()]
 
 
 def split(lines, delimiter):
-    """A csv.reader of lines. Quotes are CSV's; with a tab or "::" they are characters like any."""
-    quoting = csv.QUOTE_NONE if delimiter in ("\t", "::") else csv.QUOTE_MINIMAL
-    if delimiter == "::":                          # csv takes one character
-        lines, delimiter = (line.replace("::", "\x1f") for line in lines), "\x1f"
-    return csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True,
+    """A csv.reader of lines. Between , ; and | a quote is CSV's, elsewhere a character like any.
+
+    csv takes delimiters of one character and counts blanks one by one: such become tabs.
+    """
+    separator = delimiter
+    if delimiter == " ":
+        lines, separator = ("\t".join(line.split()) for line in lines), "\t"
+    elif len(delimiter) > 1:
+        lines, separator = (line.replace(delimiter, "\t") for line in lines), "\t"
+    quoting = csv.QUOTE_MINIMAL if delimiter in QUOTED else csv.QUOTE_NONE
+    return csv.reader(lines, delimiter=separator, quoting=quoting, skipinitialspace=True,
                       strict=True)
 
 
-def read_rows(path, lines, line, delimiter, width):
-    """Yield (line number, fields) of lines that are not blank; the first has the number line.
-
-    Raises DataError for a line that has not width fields, empty ones after these not counted, and
-    for a record that does not end on its line: a stray quote would swallow lines up to the next.
-    """
-    rows, begin = split(lines, delimiter), line
-    try:
-        for fields in rows:
-            if rows.line_num > line - begin + 1:
-                raise csv.Error("a quoted field over several lines")
-            if len(fields) == width:
-                yield line, fields
-            elif "".join(fields).strip():
-                if len(fields) < width or "".join(fields[width:]).strip():
-                    raise DataError(f"{path}, line {line}: {len(fields)} fields, but line {begin} "
-                                    f"has {width}: correct it; in CSV a field that holds the "
-                                    "delimiter stands in quotes")
-                yield line, fields
-            line += 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: {error}: check its quotes") from None
+def first_line(path, encoding="utf-8-sig"):
+    """The number of a file's first line that is not blank, and the line. Raises DataError."""
+    for n, line in enumerate(read_lines(path, encoding), 1):
+        if not line.isspace():
+            return n, line
+    raise DataError(f"{path} is empty: it needs a line for each event")
 
 
 def read_lines(path, encoding):
-    """Yield the lines of a text file, gzip or not. Raises DataError."""
+    """Yield the lines of a text file, gzip if its name ends in .gz. Raises DataError."""
+    opener = gzip.open if str(path).endswith(".gz") else open
     try:
-        with open(path, "rb") as file:
-            if file.peek(2)[:2] == b"\x1f\x8b":
-                file = gzip.GzipFile(fileobj=file)
-            text = io.TextIOWrapper(file, encoding)
-            while line := text.readline(LINE_LIMIT):
-                if len(line) == LINE_LIMIT:
-                    raise not_text(path, "a line is longer than a megabyte")
-                yield line
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        raise not_text(path, error) from None
-    except (OSError, EOFError, zlib.error, TypeError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): check the path, its permissions and, "
-                        "for gzip, that the file is whole") from None
+        with opener(path, "rt", encoding=encoding, newline="") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): it must be text in UTF-8, gzip where "
+                        "its name ends in .gz") from None
 
 
-def not_text(path, reason):
-    return DataError(f"{path} is not delimited text in UTF-8 ({reason}): save it as CSV in UTF-8, "
-                     "one event a line; in pandas, d.to_csv('data.csv', index=False)")
+# ---- MovieLens: fetched once, kept in the user's cache folder, as the archive it came in
+
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/{}.zip"
+MEMBERS = {                                        # events, films and the delimiter of the films
+    "ml-100k": ("ml-100k/u.data", "ml-100k/u.item", "|"),
+    "ml-1m": ("ml-1m/ratings.dat", "ml-1m/movies.dat", "::")}
+RECBOLE = "recbole==1.2.1"                         # its wheel holds a copy of ML-100K
+RECBOLE_COPY = "recbole/dataset_example/ml-100k/ml-100k"
+# SHA-256 of the parsed events, as int64 (user, item, time), sorted: the same for either source
+ML_100K_EVENTS = "1afd07a2aed70da877a6e56275fd8531be6ee9b84a95484c641a2af341950882"
 
 
-def short(text):
-    return text if len(text) <= 32 else text[:29] + "..."
+def read_movielens(name, opener=urllib.request.urlopen):
+    """Events and {raw item id: title} of "ml-100k" or "ml-1m", from its archive in the cache, which
+    is fetched where it is missing. Raises DataError."""
+    folder = os.path.expanduser(os.environ.get("LRUREC_CACHE") or "~/.cache/lrurec")
+    path = os.path.join(folder, name + ".zip")
+    if os.path.exists(path):
+        try:
+            return parse_archive(name, path)
+        except DataError as error:
+            raise DataError(f"{path}: {error}: delete it to have it fetched again") from None
+    archive, parsed = fetch(name, path, opener)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(path + ".part", "wb") as file:
+            file.write(archive)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        print(f"{name} is not kept ({error}): set LRUREC_CACHE to a folder that can be written",
+              file=sys.stderr)
+    return parsed
+
+
+def fetch(name, path, opener):
+    """The bytes of an archive of "ml-100k" or "ml-1m", and what parse_archive finds in them.
+    path: where to put it by hand, if need be. Raises DataError."""
+    url = GROUPLENS.format(name)
+    print(f"fetching {name} from {url}", file=sys.stderr)
+    try:
+        with opener(url, timeout=20) as response:
+            archive = response.read()
+        return archive, parse_archive(name, io.BytesIO(archive))
+    except (OSError, http.client.HTTPException, DataError) as error:
+        problem = str(error)
+    if name == "ml-100k":
+        print(f"{problem}; fetching the copy in {RECBOLE} with pip", file=sys.stderr)
+        try:
+            archive = recbole_wheel()
+            return archive, parse_archive(name, io.BytesIO(archive))
+        except (OSError, DataError) as error:
+            problem += f"; {error}"
+    raise DataError(f"{name} cannot be fetched ({problem}): download {url} by hand and put it at "
+                    f"{path}")
+
+
+def recbole_wheel():
+    """The bytes of the RecBole wheel, through this interpreter's pip. Raises OSError."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+                   "--disable-pip-version-check", "--dest", folder, RECBOLE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"pip: {done.stderr.strip().splitlines()[-1]}")
+        with open(os.path.join(folder, os.listdir(folder)[0]), "rb") as file:
+            return file.read()
+
+
+def parse_archive(name, archive):
+    """Events and {raw item id: title} of an archive, a path or an open file. Raises DataError."""
+    try:
+        with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory() as folder:
+            if RECBOLE_COPY + ".inter" in file.namelist():
+                events = read_events(file.extract(RECBOLE_COPY + ".inter", folder))
+                title_of = recbole_titles(file.extract(RECBOLE_COPY + ".item", folder))
+            else:
+                ratings, films, delimiter = MEMBERS[name]
+                events = read_events(file.extract(ratings, folder), "1,2,4")
+                title_of = read_titles(file.extract(films, folder), "1,2", delimiter, "latin-1")
+        if name == "ml-100k" and events_digest(events) != ML_100K_EVENTS:
+            raise ValueError("not the 100,000 events of ML-100K")
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise DataError(f"not an archive of {name} ({error})") from None
+    return events._replace(report=()), title_of
+
+
+def events_digest(events):
+    """SHA-256 of events whose ids are integers, whatever their order."""
+    users, items = np.array(events.user_ids, np.int64), np.array(events.item_ids, np.int64)
+    table = np.stack([users[events.users], items[events.items], events.times], 1).astype("<i8")
+    return hashlib.sha256(table[np.lexsort(table.T[::-1])].tobytes()).hexdigest()
+
+
+def recbole_titles(path):
+    """As GroupLens has them: RecBole keeps the year apart and misspells one title."""
+    columns = "item_id,movie_title,release_year"
+    _, _, records = read_table(path, ("item", "title", "year"), columns)
+    return {item: "unknown" if title == "unkonwn" else f"{title} ({year})"
+            for _, (item, title, year) in records}

@@ -39,6 +39,8 @@ import csv
 import errno
 import functools
 import gzip
+import hashlib
+import http.client
 import importlib.util
 import inspect
 import io
@@ -61,6 +63,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import Mock
 
@@ -2360,222 +2363,181 @@ def test_loading_a_file_runs_no_code(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # Data
 
-# Every right file says: user 1 saw 10 at 100 s and 11 at 200 s, user 2 saw 10 at 50 s
-# DIGEST: SHA-256 of items and offsets as int64, then of every item id after a zero byte
-PARTS = np.array([1, 2, 1] + [0, 2, 3], "<i8").tobytes() + b"\x0010" + b"\x0011"
-DIGEST = reader.hashlib.sha256(PARTS).hexdigest()
+# Every right file says: user 1 saw item 10 at 100 s and 11 at 200 s, user 2 saw 10 at 50 s
+EVENTS = "1,11,200\n1,10,100\n2,10,50\n"
+PLAIN = "user,item,time\n" + EVENTS
+RIGHT = {  # content, then columns and delimiter where they are given
+    "usual names in any case": ["reviewerID,Movie Id,unix_review-time\n" + EVENTS],
+    "RecBole's names": ["user_id:token,item_id:token,timestamp:float\n" + EVENTS],
+    **{f"delimiter {text!r}": [PLAIN.replace(",", text)] for text in ("\t", "::", ";", "|", " ")},
+    "by number, the item first": ["11::1::5.0::200\n10::1::4.0::100\n10::2::1.0::50\n", "2,1,4"],
+    "by name": ["when,what,x,who\n200,11,,1\n100,10,,1\n50,10,,2\n", "who,what,when"],
+    "one time of a usual name": ["user,item,clock,date\n1,11,7,200\n1,10,8,100\n2,10,9,50\n"],
+    "no time, the order of lines": ["user,item\n1,10\n2,10\n1,11\n"],
+    "blanks, several and at the ends": ["1 11  200 \n1 10 100\n2 10 50 \n", "1,2,3"],
+    "BOM, CRLF, blank lines, quotes": ['\ufeff\r\nuser, item ,time,x\r\n1, "11",200,"a, b"\r\n\r\n'
+                                       ' , \r\n"1",10,100,\r\n2,10,"50",c'],
+    "quotes in tab-separated titles": [
+        'user\titem\ttime\ttitle\n1\t11\t200\t"Heroes\n1\t10\t100\tMix 12"\n2\t10\t50\tb\n'],
+    "two delimiters, one yields the names": [
+        "user,item,time,genres|tags\n1,11,200,a|b\n1,10,100,a\n2,10,50,b\n"],
+    "two delimiters, one is given": ["1;10;3,5\n1;11;4,0\n2;10;2,5\n", "1,2", ";"],
+    "a delimiter of two characters": [EVENTS.replace(",", "||"), "1,2,3", "||"],
+    "numbers as times": ["user,item,time\n1,11,2e2\n1,10,100.5\n2,10,-7\n"],
+    "dates as times": ["user,item,time\n1,11,2024-05-01 12:30:00.1\n1,10,2024-05-01T14:30+02:00 \n"
+                       "2,10,2024-05-01 12:00 UTC\n"],
+    "lines that stand twice": [PLAIN + EVENTS]}
 
 
-def table(user="user", item="item", when="time", delimiter=",", times=("200", "100", "50")):
-    rows = [(user, item, when), *zip("112", ("11", "10", "10"), times)]
-    return "".join(delimiter.join(row) + "\n" for row in rows)
-
-
-PLAIN, NUMBERED = table(), "200;11;x;1\n100;10;x;1\n50;10;x;2\n"
-FILES = {  # the file's content, and the columns where they are given
-    "usual names": [table("reviewerID", "movieId", "unixReviewTime")],
-    "spaces and dashes in names": [table("User Id", "ITEM-ID", "time_stamp")],
-    **{f"delimiter {text!r}": [table(delimiter=text)] for text in ["\t", "::", ";", "|", " "]},
-    "minutes and seconds, UTC": [table(times=[
-        "2024-05-01 12:30:01", "2024-05-01 12:30:00 UTC", "2024-05-01 12:00"])],
-    "microseconds": [table(times=["2024-05-01T12:30:00.123457001Z", "2024-05-01T12:30:00.123456Z",
-                                  "20240501T123000.1"])],
-    "zones": [table(times=[
-        "2024-05-01T12:00:00-02:00", "2024-05-01T12:30+0100", "2024-05-01T12+01"])],
-    "numbers of both kinds": [table(times=["2e2", "100.5", "50"])],
-    "integers above 2^53": [table(times=[str(2 ** 60 + 1), str(2 ** 60), "50"])],
-    "gzip": [gzip.compress(PLAIN.encode())],
-    "a delimiter at the end": [PLAIN.replace("\n", ",\n")],
-    "ratings.dat": ["1::11::3::200\n1::10::5::100\n2::10::1::50\n", [1, 2, 4]],
-    "RecBole": [table("user_id:token", "item_id:token", "timestamp:float", "\t")],
-    "BOM, CRLF, blank lines, quotes and spaces": [
-        "\ufeff\r\n" + PLAIN.replace("\n", "\r\n\r\n").replace("11", ' "11" '[:-1])],
-    "a quote in tab-separated text": ["user\titem\ttime\ttitle\n1\t11\t200\t\"Heroes\n"
-                                      "1\t10\t100\tMix 12\"\n2\t10\t50\tb\n"],
-    "delimiters in quotes": ['"user;x;y",item,user,time\n"a;b",11,1,200\n,10,1,100\n"e,f",10,2,50'],
-    "names, in any order": ["when;what;x;who\n" + NUMBERED, ["who", "what", "when"]],
-    "names given with types": ["w:float\twho:token\twhat:token\n200\t1\t11\n100\t1\t10\n"
-                               "50\t2\t10\n", "who:token,what:token,w:float"],
-    "names that are numbers": ["0,1,2\n1,11,200\n1,10,100\n2,10,50\n", "0,1,2"],
-    "lines that stand twice": [PLAIN + PLAIN[15:]],
-}
-
-
-@pytest.mark.parametrize("content, columns", [(c, *k, None)[:2] for c, *k in FILES.values()],
-                         ids=FILES)
-def test_every_right_file_gives_the_same_data(content, columns, tmp_path):
-    data = reader.load_dataset(write(tmp_path / "f", content), 0, "file", columns=columns)
+@pytest.mark.parametrize("content, columns, delimiter",
+                         [(*case, None, None)[:3] for case in RIGHT.values()], ids=RIGHT)
+def test_every_right_file_gives_the_same_data(content, columns, delimiter, tmp_path):
+    path = write(tmp_path / "f", content)
+    data = reader.load_dataset(path, 0, columns=columns, delimiter=delimiter)
     assert (data.user_ids, data.item_ids) == (["1", "2"], ["", "10", "11"])
     assert data.items.tolist() == [1, 2, 1] and data.offsets.tolist() == [0, 2, 3]
-    assert data.digest == DIGEST
+    numbers = np.array([1, 2, 1] + [0, 2, 3], "<i8").tobytes()
+    assert data.digest == hashlib.sha256(numbers + b"\x0010" + b"\x0011").hexdigest()
 
 
-ASKS = "--columns USER,ITEM"
-REFUSED = {  # content, what the message says, and the columns where they are given
-    "empty": (" \n\n", "is empty"), "only a header": ("user,item\n", "header but no events"),
-    "no header": ("1,10,5\n", r"line 1: no header.*1 '1', 2 '10', 3 '5'.*" + ASKS),
-    "no header, ratings.dat": ("1::1193::5::978300760\n", "1 '1', 2 '1193', 3 '5', 4 '978300760'"),
-    "a header without an item": ("user_id,film\n1,2\n", "no header.*" + ASKS),
-    "a header without a time": ("user,book_id,is_read\n1,2,1\n", "no column has .* the time.*'is_"),
-    "two times": ("user,video_id,date,time_ms\n1,2,3,4\n", "several .*time: 'date', 'time_ms'"),
-    "a name that is chosen twice": ("a,b,b\n1,2,3\n", "several .*b: 'b', 'b'", "a,b"),
-    "an unknown column": (PLAIN, "no header names the columns x. .*1 'user', 2 'item'", "user,x"),
-    "number 0": (PLAIN, "no header names", "0,1"), "number 4": (PLAIN, "no columns", "1,4"),
-    "an unknown header by number": ("who,song,when\n1,2,3\n", "'when'.*is this a header", "1,2,3"),
-    "a header by number": (PLAIN, "line 1: 'user' looks like a header", "1,2,3"),
-    "a huge number": ("1,2\n", "no header names", "1," + "9" * 5000),
-    "a long line": ("x" * 40 + ",y" * 99, r"1 'x{29}\.\.\.', 2 'y', .*20 'y', \.\.\. Give"[:-5]),
-    "few fields": ("user,item,time\n1,2,3\n1,2\n", "line 3: 2 fields, but line 1 has 3"),
-    "many fields": ("user,item,time\n1,Rock, The,3\n", "line 2: 4 fields.*in quotes"),
-    "a second header": ("user,item\n1,2\nitem,user\n3,4\n",
-                        "line 3: a header again, 'item' and 'user': delete"),
-    "a second header with types": ("who:token\twhat:token\n1\t2\nwho:token\twhat:token\n",
-                                   "line 3: a header again", "who,what"),
-    "a header below": ("1,2\nUser_ID,ASIN\n", "line 2: a header again", "1,2"),
-    "a quote over lines": ('item,user\n1,2\n"a\nb",3\n', "line 3: .*several lines.*quotes"),
-    "text after a quote": ('user,item\n1,"2"x\n', "line 2: .*quotes"),
-    "a word for a time": ("user,item,time\n1,2,x\n", "line 2: the time 'x'.*to_datetime.d..time"),
-    "nan": ("user,item,time\n1,2,nan\n", "the time 'nan': .*finite"),
-    "a time of 2^63": (f"user,item,time\n1,2,{2 ** 63}\n", "below 2.63"),
-    "an underscore": ("user,item,time\n1,2,12_30\n", "the time '12_30'"),
-    "a number among dates": ("user,item,time\n1,2,2024-05-01\n1,3,4\n", "line 3: the time '4'"),
-    "a date among numbers": ("user,item,time\n1,2,4\n1,3,2024-05-01\n", "line 3: the time '2024"),
-    "before the year 1": ("user,item,time\n1,2,0001-01-01T00:00+14:00\n", "line 2: the time"),
-    **{f"id {raw!r}": (f"user,item,time\n1,{raw},3\n", "line 2: .*cannot be an id")
-       for raw in ("", "NA", "\x1b[3", "\ufeffx")},
-    "a missing user": ("user,item,time\n , 2,3\n", "line 2: '' cannot be an id"),
-    "too few events": ("user,item\n1,4\n", "nobody is left with 5 events.*item from item"),
-    "Latin-1": (b"user,item\n1,2\n1,Caf\xe9\n", "not delimited text in UTF-8.*0xe9"),
-    "NUL": ("user,item,\0\n1,2,3\n", "JSON or binary data"),
-    "zip": (zip_of({"a.csv": PLAIN}), "not delimited text in UTF-8.*to_csv"),
-    "JSON lines": ('{"user": 1, "item": 2}\n', "not delimited text in UTF-8.*JSON", "1,2"),
-    "JSON": ('[{"user": 1, "item": 2}]\n', "not delimited text in UTF-8.*JSON", "1,2"),
-    "half of a gzip": (gzip.compress(b"user,item\n" + b"1,2\n" * 99)[:-9], "cannot be read"),
-    # and what could take much time or memory
-    "a line without end": (PLAIN.encode() + b"x" * 10_000_000, "not delimited.*a megabyte"),
-    "a quote to the end": (b'user,item\n1,"' + b"xxxxxxxxx\n" * 10 ** 6, "line 2: field larger"),
-    "wide": (b"1," * 10_000, "line 1: no header"),
-}
+def test_a_file_whose_name_ends_in_gz_is_gzip(tmp_path):
+    whole = gzip.compress(PLAIN.encode())
+    assert reader.load_dataset(write(tmp_path / "f.gz", whole), 0).items.tolist() == [1, 2, 1]
+    with pytest.raises(reader.DataError, match="f.gz cannot be read .*gzip where its name ends"):
+        reader.load_dataset(write(tmp_path / "f.gz", whole[:-9]))
 
 
-@pytest.mark.parametrize("content, message, columns", [(*c, None)[:3] for c in REFUSED.values()],
-                         ids=REFUSED)
+WRONG_FILES = {  # content, what the message says, and the columns where they are given
+    "empty": ("\n \n", "f is empty"), "a header alone": ("user,item\n", "a header but no events"),
+    "no header": ("1,10,1/2/2019\n",
+                  "line 1: no header .*1 '1', 2 '10', 3 '1/2/2019'. Give --columns USER,ITEM"),
+    "a header without a time": ("user,item,is_read\n1,2,1\n", "no column has .* the time.*'is_"),
+    "two times": ("user,item,date,time_ms\n1,2,3,4\n", "several .* time: 'date', 'time_ms'"),
+    "one name twice": ("a,b,b\n1,2,3\n", "several columns for b: 'b', 'b'.*delete", "a,b"),
+    "an unknown name": (PLAIN, "no header names the columns x. .*1 'user', 2 'item'", "user,x"),
+    "number 0": ("0,1\n0,2\n", "no column 0: they are numbered from 1", "0,1"),
+    "a usual header by number": (PLAIN, "line 1: 'user' looks like a header", "1,2,3"),
+    "another header by number": ("who,what,when\n1,2,3\n", "'when'.*is a header, give", "1,2,3"),
+    "an address": ("2001:db8::1,a\n", "at '::' or ',': give one as --delimiter.*db8::1,a'", "1,2"),
+    "a decimal comma": ("u;a;3,5\n", "at ',' or ';': give one", "1,2"),
+    "few fields": ("user,item,time\n1,2,3\n1,2\n", "line 3: 2 fields, but the first line has 3"),
+    "an empty field too many": ("user,title,item,time,x\n1,Heat,2,3,\n1,Rock, The,2,3,\n",
+                                "line 3: 6 fields, .*stands in quotes"),
+    "a tab in quotes": ('user\ttime\titem\n1\t"a\tb"\t2\n', "line 2: 4 fields"),
+    "the header again": ("who,what\n1,2\nwho,what\n", "line 3: a header again, 'who'", "who,what"),
+    "a usual header below": ("1,2\nItem_ID,userId\n", "line 2: a header again", "1,2"),
+    "a quote over lines": ('time,user,item\n1,1,2\n"2,1,3\n3",1,4\n', "line 3: .*check its quotes"),
+    "text after a quote": ('user,item\n1,"2"x\n', "line 2: .*check its quotes"),
+    "a quote to the end": ('time,user,item\n1,1,2\n"2,1,3\n3,1,4\n', "line 3: .*check its quotes"),
+    "an id that begins with a quote": ('user,item\n1,"""2"""\n', "line 2: the id '\"2\"' holds"),
+    "an id in quotes between tabs": ('"u"\t"a"\n', "line 1: the id '\"u\"' holds a quote", "1,2"),
+    "a quote in an id between tabs": ('1\t2\n1\t12"\n', "line 2: the id '12\"' holds", "1,2"),
+    **{f"id {raw!r}": (f"user,item,time\n1,{raw},3\n", "line 2: .* marks a missing value")
+       for raw in ("", "NaN", "null", "None", "N/A", "\\N")},
+    **{f"time {raw!r}": (f"user,item,time\n1,2,3\n1,4,{raw}\n", "line 3: the time .*finite numbers")
+       for raw in ("nan", "inf", "1_0", "", "2024-05-01")},
+    "another date": ("user,item,time\n1,2,01/02/2019\n", "line 2: the time.*to_datetime.*format="),
+    "nobody left": ("user,item\n1,4\n", "nobody is left with 5 .*--min-count.*item from item"),
+    "Latin-1": ("user,item\n1,Café\n".encode("latin-1"), "cannot be read .'utf-8' codec.*in UTF-8")}
+
+
+@pytest.mark.parametrize("content, message, columns",
+                         [(*case, None)[:3] for case in WRONG_FILES.values()], ids=WRONG_FILES)
 def test_every_wrong_file_is_refused_with_its_place_and_what_to_do(
-        content, message, columns, tmp_path, capfd):
+        content, message, columns, tmp_path):
     path = write(tmp_path / "f", content)
-    tracemalloc.start()
-    begin = time.process_time()
     with pytest.raises(reader.DataError, match=message) as error:
         reader.load_dataset(path, columns=columns)
-    seconds, (_, peak) = time.process_time() - begin, tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert path in str(error.value) and str(error.value).isprintable()
-    assert len(str(error.value)) < 900 + len(path) and capfd.readouterr() == ("", "")
-    assert peak < 32 * 2 ** 20 and seconds < 4
+    assert path in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"ties": "no"}, "ties must be 'item', 'file' or 'random' .got 'no'"),
-    ({"columns": "a,b,c,d"}, "USER,ITEM.*got 'a,b,c,d'"), ({"columns": "a,,b"}, "USER,ITEM"),
-    ({"columns": 7}, "got 7"), ({"columns": ["a", "a:token"]}, "all different"),
-    ({"source": None}, "None cannot be read"), ({"source": "a\0b"}, "a.x00b cannot be read"),
-    ({"min_count": "5"}, "min_count must be an int"),
-    ({"min_count": -1}, "0 or more .got -1"), ({"seed": 2.5}, "seed must be an integer"),
-    ({"title_columns": "1,2,3"}, "--title-columns ITEM,TITLE"),
-    ({"source": "ml-100k", "columns": "1,2"}, "the columns of ml-100k are known")])
-def test_a_wrong_setting_is_refused_before_a_file_is_read(settings, message):
+    ({"source": "ml100k"}, "ml100k is not a file; known by name are ml-100k and ml-1m"),
+    ({"titles": "nowhere"}, "nowhere is not a file"),
+    ({"ties": "no"}, "ties must be one of item, file, random .got 'no'"),
+    ({"columns": "user"}, "--columns USER,ITEM.,TIME. must be different names .*got 'user'"),
+    ({"columns": "a,,b"}, "got 'a,,b'"), ({"columns": "a,a:token"}, "must be different"),
+    ({"source": "ml-100k", "columns": "1,2"}, "the columns of ml-100k are known"),
+    ({"title_columns": "1,2"}, "--title-columns are those of --titles"),
+    ({"titles": "f", "title_columns": "1,2,3"}, "--title-columns ITEM,TITLE must be"),
+    ({"delimiter": "::"}, "--delimiter '::' is not in the first line"), ({"delimiter": ""}, "''")])
+def test_a_wrong_setting_is_refused(settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "f", PLAIN)
     with pytest.raises(reader.DataError, match=message):
-        reader.load_dataset(**{"source": "nowhere", **settings})
+        reader.load_dataset(**{"source": "f", "min_count": 0, **settings})
 
 
-def test_the_settings_of_a_run_have_a_seed_only_with_random_ties(tmp_path):
-    path = write(tmp_path / "f", "1,2,3\n")
-    data = reader.load_dataset(path, 0, columns=[1, 2], title_columns=("item", "name"))
-    assert data.settings == {"min_count": 0, "ties": "item", "columns": "1,2",
-                             "title_columns": "item,name"}
-    assert reader.load_dataset(path, 0, "random", 7, "1,2").settings["seed"] == 7
+@pytest.mark.parametrize("content, columns, delimiter", [
+    ('movieId,title,genres\n10,"Rock, The",Action\n12,Other,\n', None, None),
+    ("N1\tx\tOther\n10\tx\tRock, The\n\n", "1,3", None),
+    ("10,old,x|y\n10,\"Rock, The\",x|y\n11,,x\n", "1,2", ","),
+    ("id::words::x\n10::Rock, The::Drama|War\n", "id,words", None)])
+def test_an_item_without_a_title_has_its_id(content, columns, delimiter, tmp_path):
+    data = reader.load_dataset(
+        write(tmp_path / "f", PLAIN), 0, titles=write(tmp_path / "t", content),
+        title_columns=columns, delimiter=delimiter)
+    assert data.titles == ["", "Rock, The", "11"]
+    assert data.report[-1] == "titles: for 1 of 2 items"
 
 
-def report_of(content, folder, **settings):
-    settings = {"min_count": 0, **settings}
-    return reader.load_dataset(write(folder / "f", content), **settings).report
+@pytest.mark.parametrize("content, message, columns", [
+    ("item,name\n7,x\n", "no title for an item of", None),
+    ("{'asin': '10', 'title': 'x'}\n", "line 1: no header .*'asin'.*Give --title-columns", None),
+    ("item,by,title,x\n1,Adams,Guide,\n2,Brown, Dan,Origin,\n", "line 3: 5 fields", None),
+    ('1,"Toy Story (1995)",Comedy|Drama\n', "line 1: .* at ',' or '|' or ' ': give one", "1,2")])
+def test_wrong_titles_are_refused(content, message, columns, tmp_path):
+    path, titles = write(tmp_path / "f", PLAIN), write(tmp_path / "t", content)
+    with pytest.raises(reader.DataError, match=message):
+        reader.load_dataset(path, 0, titles=titles, title_columns=columns)
 
 
 def test_the_report_says_what_was_read_and_dropped(tmp_path):
-    content = ("user,iid,ts,wh\x1ben\n1,9,1000000000,x\n1,8,1000086400,x\n1,8,1000086401,x\n"
-               "1,7,1000086402,x\n1,9,1000172800,x\n2,8,5,x\n")
-    assert report_of(content, tmp_path, min_count=2) == (
-        r"columns: user from user, item from iid, time from ts; not used: wh\x1ben",
+    path = write(tmp_path / "f", "user,iid,ts,x\n1,9,1000000000,\n1,8,1000000000,\n"
+                                 "1,9,1000000001,\n1,7,1000086402,\n1,9,1000172800,\n"
+                                 "2,8,1000172800,\n2,9,1000172801,\n3,8,5,\n")
+    assert reader.load_dataset(path, min_count=2).report == (
+        "columns: user from user, item from iid, time from ts",
         "first event: '1', '9', '1000000000'",
-        f"{tmp_path / 'f'}: 1 users, 2 items, 3 events from 2001-09-09 01:46 to 2001-09-11 01:46",
+        f"{path}: 2 users, 2 items, 5 events from 2001-09-09 01:46 to 2001-09-11 01:46",
         "dropped: 1 repeats of the previous event, 1 events of items and 1 events of users with "
         "fewer than 2",
-        "0% of events have the same time as their user's previous event",
-        "1 of 1 test items are already in their user's history",
-        "warning: without --rank-seen those within --max-len count as misses: if all are, no "
-        "Recall@k can exceed 0.000")
+        "33% of events have the same time as their user's previous event",
+        "1 of 1 test items are already in their user's history: they count as misses without "
+        "--rank-seen")
 
 
-@pytest.mark.parametrize("times, shown", [
-    (["1334448000", "1334534400"], "from 2012-04-15 00:00 to 2012-04-16 00:00"),
-    (["1334448000000", "1334534400000"], "from 2012-04-15 00:00 to 2012-04-16 00:00"),
-    (["2012-04-15", "2012-04-16T01:00+01:00"], "from 2012-04-15 00:00 to 2012-04-16 00:00"),
-    (["20120415", "20120416"], "from 20120415 to 20120416"), (["0.5", "7"], "from 0.5 to 7.0")])
-def test_the_report_shows_the_first_and_last_time(times, shown, tmp_path):
-    report = report_of("user,item,time\n1,1,{}\n1,2,{}\n".format(*times), tmp_path)
-    assert report[2] == f"{tmp_path / 'f'}: 1 users, 2 items, 2 events {shown}"
+def test_without_a_time_the_report_has_none(tmp_path):
+    path = write(tmp_path / "f", "1,10\n1,11\n1,12\n")
+    assert reader.load_dataset(path, 0, columns="1,2").report[::2] == (
+        "columns: user from column 1, item from column 2, time from the order of the lines",
+        f"{path}: 1 users, 3 items, 3 events",
+        "0 of 1 test items are already in their user's history")
 
 
-def test_the_report_warns_of_mixed_units_and_of_ties(tmp_path):
-    mixed = report_of("user,item,time\n1,1,1334448000\n1,2,1334448000000\n", tmp_path)
-    assert mixed[-1] == ("warning: times mix units: 1 look like seconds, 1 like milliseconds")
-    for n_ties, warns in ((6, False), (7, True)):
-        times = [0] * (n_ties + 1) + list(range(1, 11 - n_ties))
-        report = report_of("user,item,time\n" + "".join(
-            f"1,{k},{when}\n" for k, when in enumerate(times)), tmp_path)
-        assert any(line.startswith(f"warning: {n_ties}0% of events") for line in report) == warns
-        assert any(f"{n_ties}0% of events have the same time" in line for line in report)
+@pytest.mark.parametrize("first, last, shown", [
+    ("1334448000000", "1334534400000", "from 2012-04-15 00:00 to 2012-04-16 00:00"),
+    ("2012-04-15", "2012-04-16T01:00+01:00", "from 2012-04-15 00:00 to 2012-04-16 00:00"),
+    ("20120415", "20120416", "from 20120415 to 20120416"), ("0.5", "7", "from 0.5 to 7")])
+def test_the_report_shows_the_first_and_last_time(first, last, shown, tmp_path):
+    path = write(tmp_path / "f", f"user,item,time\n1,1,{first}\n1,2,{last}\n")
+    assert reader.load_dataset(path, 0).report[2].endswith(f"2 events {shown}")
 
 
-def test_the_report_counts_test_items_that_are_in_the_history_and_warns_from_a_tenth_on(tmp_path):
-    for users, warns in ((10, True), (11, False)):
-        lines = [f"{u},{item}\n" for u in range(users) for item in "abc"] + ["0,a\n", "z,a\n"]
-        report = report_of("user,item\n" + "".join(lines), tmp_path)
-        fact = f"1 of {users} test items are already in their user's history"
-        warning = ("warning: without --rank-seen those within --max-len count as misses: if all "
-                   "are, no Recall@k can exceed 0.900")
-        assert report[-2:] == (fact, warning) if warns else report[-1] == fact
+@pytest.mark.parametrize("raw_ids, ascending", [
+    ("10 9 1", "1 9 10"), ("b 10 9", "10 9 b"), ("1 01", "01 1"),
+    ("09007199254740993 9007199254740992", "9007199254740992 09007199254740993"),
+    ("10.0 9.5 1", "1 9.5 10.0"),
+    ("用户 c::d José", "José c::d 用户")])
+def test_ids_ascend_as_numbers_where_all_are_numbers(raw_ids, ascending, tmp_path):
+    lines = ["user,item", *(f"{raw},{raw}" for raw in raw_ids.split())]
+    data = reader.load_dataset(write(tmp_path / "f", "\n".join(lines)), 0)
+    assert data.item_ids[1:] == data.user_ids == ascending.split()
 
 
-def test_ids_are_any_text_in_the_order_of_numbers_where_all_are(tmp_path):
-    for lines, ordered in (("10 9 1", "1 9 10"), ("b 10 9", "10 9 b"), ("01 1", "01 1"),
-                           ("10.0 9.5 1", "1 9.5 10.0"), ("用户 c::d José", "José c::d 用户")):
-        content = "".join(f'"{raw}","{raw}"\n' for raw in lines.split())
-        data = reader.load_dataset(write(tmp_path / "f", "user,item\n" + content), 0)
-        assert data.item_ids[1:] == data.user_ids == ordered.split()
-    data = reader.load_dataset(write(tmp_path / "f", "0,1\n0,1\n1,0\n"), 0, columns="0,1")
-    assert data.item_ids == ["", "0", "1"], "what is named so is an id all the same"
-    content = "user,item\n" + "1,9\n1,10\n" * 2 + "1,b\n"
-    data = reader.load_dataset(write(tmp_path / "f", content), 2)
-    assert data.item_ids == ["", "10", "9"], "decided before b is dropped"
-
-
-def test_titles_come_from_a_file_and_ids_without_one_keep_their_id(tmp_path):
-    file, titles = write(tmp_path / "f", PLAIN), tmp_path / "titles"
-    for content, *columns in [
-            ("movieId,title,genres\n10,\"Rock, Thé\",Action\n12,Other,\n",),
-            ("10::Rock, Thé::Action|Drama\n10::::\n", "1,2"), ("11|||\n10|Rock, Thé||\n", [1, 2]),
-            ("id,year,words\n10,1996,\"Rock, Thé\"\n", "id,words")]:
-        data = reader.load_dataset(file, 0, titles=write(titles, content),
-                                   title_columns=columns[0] if columns else None)
-        assert data.titles == ["", "Rock, Thé", "11"], content
-        assert data.report[-1] == "titles: for 1 of 2 items"
-    for content, message in [
-            ("item,name\n7,x\n", "no title for an item of"),
-            ("N1\tlifestyle\tHeadline\n", "no header names the columns item, title.*"
-             "2 'lifestyle'.*--title-columns ITEM,TITLE")]:
-        with pytest.raises(reader.DataError, match=message):
-            reader.load_dataset(file, 0, titles=write(titles, content))
+def test_whether_ids_are_numbers_is_decided_before_any_is_dropped(tmp_path):
+    path = write(tmp_path / "f", "user,item\n1,9\n1,10\n1,9\n1,10\n1,b\n")
+    assert reader.load_dataset(path, 2).item_ids == ["", "10", "9"]
 
 
 def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
@@ -2586,17 +2548,6 @@ def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
     assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
     assert data.report[3] == ("dropped: 1 repeats of the previous event, 1 events of items and 1 "
                               "events of users with fewer than 2")
-    assert reader.load_dataset(path, 2, "file").items.tolist() == [2, 1, 2, 1], "ties"
-
-
-def test_random_ties_are_a_permutation_of_the_events_that_are_left_in_file_order(tmp_path):
-    items = [3, 1, 1, 2, 5, 4, 9]                  # of one user and time; 9 is rare
-    lines = [f"1,{item},0" for item in items + items[:-1]]
-    path = write(tmp_path / "f", "user,item,time\n0,9,0\n" + "\n".join(lines))
-    data = reader.load_dataset(path, 1, "random", 5)
-    left = [9, 3, 1, 2, 5, 4, 9]                   # each item of user 1 once, after that of user 0
-    order = np.random.default_rng(5).permutation(7)[1:].argsort()
-    assert [data.item_ids[v] for v in data.items[1:]] == [str(left[1:][k]) for k in order]
 
 
 @pytest.mark.parametrize("ties", ["item", "file", "random"])
@@ -2607,171 +2558,237 @@ def test_a_repeat_is_of_the_users_event_before_not_of_the_line_before(ties, tmp_
         path = write(tmp_path / "f", "user,item,time\n" + "\n".join(lines[k] for k in order))
         data = reader.load_dataset(path, 0, ties)
         assert [data.item_ids[v] for v in data.items] == "10 11 12 11 10 11".split()
-    path = write(tmp_path / "f", "user,item\n1,10\n2,10\n1,10\n1,11\n")
-    data = reader.load_dataset(path, 0, ties)
-    assert [data.item_ids[v] for v in data.items] == "10 11 10".split(), "file order is time order"
 
 
-def test_the_order_of_lines_plays_no_part(tmp_path):
-    rng = np.random.default_rng(0)
-    lines = [f"{u},{i},{t}\n" for u, i, t in rng.integers(6, size=(150, 3))]
-    digests = set()
-    for _ in range(8):
-        path = write(tmp_path / "f", "user,item,time\n" + "".join(rng.permutation(lines)))
-        data = reader.load_dataset(path, 3)
-        digests.add((data.digest, *data.user_ids, *data.report[2:]))
-    assert len(digests) == 1 and len(data.items) > 60
+TIED = """user,item,time
+1,3,0\n1,7,0\n1,1,0\n1,1,0\n1,2,0\n1,4,0
+2,4,1\n2,3,2\n2,2,3\n2,1,4"""                    # of user 1 a rare item and a repeat are dropped
 
 
-def test_windows_and_histories_by_hand():
-    data = dataset(range(1, 15), [0, 7, 9, 12, 14], 14)
-    rows = reader.training_rows(data, max_len=2)
-    assert rows.targets.tolist() == [1, 2, 3, 4, 5, 8, 9, 10, 13, 14]
+@pytest.mark.parametrize("ties, items", [("item", [1, 2, 3, 4]), ("file", [3, 1, 2, 4])])
+def test_events_of_one_time_are_in_the_order_of_items_or_of_the_file(ties, items, tmp_path):
+    data = reader.load_dataset(write(tmp_path / "f", TIED), 2, ties)
+    assert data.items.tolist() == items + [4, 3, 2, 1]
+
+
+def test_random_ties_are_a_permutation_of_the_events_that_are_left_in_file_order(tmp_path):
+    data = reader.load_dataset(write(tmp_path / "f", TIED), 2, "random", seed=5)
+    order = np.argsort(np.random.default_rng(5).permutation(8)[:4])
+    assert data.items[:4].tolist() == [[3, 1, 2, 4][k] for k in order]
+
+
+# Items 1 to 14, in histories of 7, 2, 3 and 2 events
+FOUR_USERS = dataset(range(1, 15), [0, 7, 9, 12, 14], 14)
+
+
+def test_training_rows_by_hand():
+    rows = reader.training_rows(FOUR_USERS, max_len=2)
     assert rows.items.tolist() == [0, 1, 2, 3, 4, 0, 8, 0, 0, 13]
+    assert rows.targets.tolist() == [1, 2, 3, 4, 5, 8, 9, 10, 13, 14]
     assert rows.starts.tolist() == [1, 1, 0, 1, 0, 1, 1, 1, 1, 1]
     assert rows.windows.tolist() == [0, 1, 3, 5, 7, 8, 10]
-    assert reader.training_rows(data).windows.tolist() == [0, 5, 7, 8, 10]
-    for split, max_len, histories, true in (("test", 3, [[4, 5, 6], [10, 11]], [7, 12]),
-                                            ("validation", None, [[1, 2, 3, 4, 5], [10]], [6, 11])):
-        seen, truth = reader.histories(data, split, max_len)
-        assert [s.tolist() for s in seen] == histories and truth.tolist() == true
-    full = reader.full_histories(data, max_len=2)
-    assert [s.tolist() for s in full] == [[6, 7], [8, 9], [11, 12], [13, 14]]
-    with pytest.raises(ValueError, match="split must be 'validation' or 'test' .got 'train'"):
-        reader.histories(data, "train")
+    assert reader.training_rows(FOUR_USERS).windows.tolist() == [0, 5, 7, 8, 10]
 
 
 def test_batches_hold_every_window_once_in_random_order():
-    rows = reader.training_rows(dataset(range(1, 15), [0, 7, 9, 12, 14], 14), max_len=2)
+    rows = reader.training_rows(FOUR_USERS, max_len=2)
     parts = list(reader.batches(rows, 4, np.random.default_rng(0)))
-    assert [part[2].dtype for part in parts] == [bool, bool], "two batches, of 4 and 2 windows"
+    assert len(parts) == 2, "of 4 windows and of 2"
     items, targets, _ = (np.concatenate(part) for part in zip(*parts))
-    assert sorted(targets) == sorted(rows.targets) and targets.tolist() != rows.targets.tolist()
-    assert dict(zip(targets, items)) == dict(zip(rows.targets, rows.items))
+    assert sorted(zip(targets, items)) == sorted(zip(rows.targets, rows.items))
+    assert targets.tolist() != rows.targets.tolist()
 
 
-RECBOLE = "recbole/dataset_example/ml-100k/ml-100k"
+@pytest.mark.parametrize("split, max_len, histories, truth", [
+    ("test", 3, [[4, 5, 6], [10, 11]], [7, 12]),
+    ("validation", None, [[1, 2, 3, 4, 5], [10]], [6, 11])])
+def test_histories_by_hand(split, max_len, histories, truth):
+    found, true_items = reader.histories(FOUR_USERS, split, max_len)
+    assert [history.tolist() for history in found] == histories
+    assert true_items.tolist() == truth
+
+
+def test_full_histories_hold_nothing_out():
+    found = reader.full_histories(FOUR_USERS, max_len=2)
+    assert [history.tolist() for history in found] == [[6, 7], [8, 9], [11, 12], [13, 14]]
+
+
+def test_histories_need_a_known_split_and_a_user_with_three_events():
+    with pytest.raises(ValueError, match="split must be 'validation' or 'test' .got 'train'"):
+        reader.histories(FOUR_USERS, "train")
+    with pytest.raises(reader.DataError, match="toy: no user has the 3 events of a test"):
+        reader.histories(dataset([1, 2], [0, 2], 2), "test")
+
+
+COPY = "recbole/dataset_example/ml-100k/ml-100k"
 ARCHIVES = {  # in each of them user 1 saw item 1 at 5 s and item 2 at 4 s
     "GroupLens": ("ml-100k", {
         "ml-100k/u.data": "1\t1\t3\t5\n1\t2\t3\t4\n",
-        "ml-100k/u.item": b"1|unknown||\n2|Caf\xe9 (1990)|1-Jan-1990|\n"}),
+        "ml-100k/u.item": "1|unknown||\n2|Café (1990)|1-Jan-1990|\n".encode("latin-1")}),
     "RecBole": ("ml-100k", {
-        RECBOLE + ".inter": "user_id\titem_id\ttimestamp\n1\t1\t5\n1\t2\t4\n",
-        RECBOLE + ".item": "item_id:token\tmovie_title:token_seq\trelease_year\tclass\n"
-                           "1\tunkonwn\t\t\n2\tCafé\t1990\t\n"}),
-    "ml-1m": ("ml-1m", {"ml-1m/ratings.dat": "1::1::3::5\n1::2::3::4\n",
-                        "ml-1m/movies.dat": b"1::unknown::x\n2::Caf\xe9 (1990)::y\n"})}
+        COPY + ".inter": "user_id:token\titem_id:token\ttimestamp:float\n1\t1\t5\n1\t2\t4\n",
+        COPY + ".item": "item_id:token\tmovie_title:token_seq\trelease_year:token\n"
+                        "1\tunkonwn\t\n2\tCafé\t1990\n"}),
+    "ml-1m": ("ml-1m", {
+        "ml-1m/ratings.dat": "1::1::3::5\n1::2::3::4\n",
+        "ml-1m/movies.dat": "1::unknown::x\n2::Café (1990)::x|y\n".encode("latin-1")})}
+OTHER_EVENTS = {**ARCHIVES["GroupLens"][1], "ml-100k/u.data": "1\t2\t3\t4\n"}
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    two_events = np.array([1, 1, 5, 1, 2, 4], "<i8").tobytes()
-    monkeypatch.setattr(reader, "ML_100K_EVENTS", reader.hashlib.sha256(two_events).hexdigest())
-    monkeypatch.setenv("LRUREC_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def opener(files):
-    return lambda url, timeout: io.BytesIO(zip_of(files))
+    two_events = np.array([1, 1, 5, 1, 2, 4], "<i8")              # user, item, time
+    monkeypatch.setattr(reader, "ML_100K_EVENTS", hashlib.sha256(two_events).hexdigest())
+    monkeypatch.setenv("LRUREC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("name, files", ARCHIVES.values(), ids=ARCHIVES)
-def test_every_archive_is_read_and_a_damaged_one_refused(name, files, cache):
-    reader.read_movielens(name, opener(files))
-    path = cache / f"{name}.zip"
-    assert os.listdir(cache) == [path.name]
-    data = reader.load_dataset(name, 0)
+def test_every_archive_gives_the_same_data_and_is_fetched_once(name, files, cache, capsys):
+    reader.read_movielens(name, lambda url, timeout: io.BytesIO(zip_of(files)))
+    data = reader.load_dataset(name, 0)            # out of the cache
+    assert os.listdir(cache) == [f"{name}.zip"]
     assert data.user_ids == ["1"] and data.items.tolist() == [2, 1]
     assert data.titles == ["", "unknown", "Café (1990)"]
     assert data.report[0] == f"{name}: 1 users, 2 items, 2 events from 4 to 5"
-    ratings, titles = files
-    for damaged in ({}, {**files, ratings: "a\tb\tc\td\n"}, {**files, titles: "x\n1"}):
-        write(path, zip_of(damaged))
-        with pytest.raises(reader.DataError, match=f"{name}.zip is not an archive of {name}"):
-            reader.load_dataset(name)
+    assert capsys.readouterr().err == (
+        f"fetching {name} from https://files.grouplens.org/datasets/movielens/{name}.zip\n")
 
 
-def test_the_cache_is_in_the_home_folder(cache, monkeypatch):
-    monkeypatch.delenv("LRUREC_CACHE")
-    for variable in ("HOME", "USERPROFILE"):       # the latter on Windows
-        monkeypatch.setenv(variable, str(cache))
-    _, titles = reader.read_movielens("ml-100k", opener(ARCHIVES["GroupLens"][1]))
-    assert os.listdir(cache / ".cache/lrurec") == ["ml-100k.zip"]
-    assert reader.read_movielens("ml-100k", None)[1] == titles, "nothing is fetched again"
+@pytest.mark.parametrize("damaged", [b"<html>", zip_of({}), zip_of(OTHER_EVENTS)],
+                         ids=["no zip", "no members", "other events"])
+def test_a_damaged_archive_in_the_cache_is_refused(damaged, cache):
+    cache.mkdir()
+    path = write(cache / "ml-100k.zip", damaged)
+    with pytest.raises(reader.DataError, match="not an archive of ml-100k .*: delete it") as error:
+        reader.load_dataset("ml-100k")
+    assert path in str(error.value)
 
 
-@pytest.mark.parametrize("folder", ["~", "~/x", "file/x"])
-def test_a_cache_that_cannot_be_written_is_done_without(folder, cache, monkeypatch):
-    write(cache / "file", "")
-    monkeypatch.chdir(cache)
-    monkeypatch.setenv("LRUREC_CACHE", folder)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)          # no home
-    events = reader.read_movielens("ml-100k", opener(ARCHIVES["GroupLens"][1]))
-    monkeypatch.setattr(reader, "read_movielens", lambda name: events)
-    data = reader.load_dataset("ml-100k", 0)
-    assert data.items.tolist() == [2, 1] and os.listdir(cache) == ["file"]
-    assert data.report[0] == ("warning: ml-100k is not kept, the cache folder cannot be written: "
-                              "set LRUREC_CACHE to a folder that can")
-
-
-def test_grouplens_is_asked_then_pip_and_a_wrong_archive_is_not_kept(tmp_path, monkeypatch):
-    def no_route(url, timeout):
-        asked.append(url)
-        raise OSError("no \x1broute")
-
-    def pip(command, **options):
-        folder = Path(command.pop(-2))
-        asked.append(" ".join(command))
+def pip_with(wheel):
+    """A stand-in for subprocess.run: pip puts this wheel into its folder, without one it fails."""
+    def run(command, **_):
         if wheel:
-            write(folder / "recbole.whl", wheel)
-        return subprocess.CompletedProcess(command, not wheel, "", "first\nno network\n")
+            write(Path(command[command.index("--dest") + 1], "recbole.whl"), wheel)
+        return subprocess.CompletedProcess(command, 0 if wheel else 1, "", "first\nno network\n")
+    return run
 
-    monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setenv("LRUREC_CACHE", str(tmp_path))
-    url = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
-    other_events = zip_of(ARCHIVES["RecBole"][1])
-    for wheel, reason in ((b"", "no network"), (other_events, "not the 100,000 events")):
-        asked = []
-        with pytest.raises(reader.DataError, match=f"no .x1broute; recbole==.*{reason}") as error:
-            reader.read_movielens("ml-100k", no_route)
-        assert str(error.value).endswith(f"{url} by hand and put it at {tmp_path / 'ml-100k.zip'}")
-        assert asked == [url, f"{sys.executable} -m pip download --no-deps --quiet "
-                                   "--disable-pip-version-check --dest recbole==1.2.1"]
-        assert os.listdir(tmp_path) == []
+
+@pytest.mark.parametrize("answer", [b"<html>log in</html>", OSError("no route"),
+                                    http.client.IncompleteRead(b"")], ids=type)
+def test_where_grouplens_gives_no_archive_pip_is_asked(answer, cache, monkeypatch, capsys):
+    opener = Mock(side_effect=[io.BytesIO(answer) if isinstance(answer, bytes) else answer])
+    monkeypatch.setattr(subprocess, "run", pip_with(zip_of(ARCHIVES["RecBole"][1])))
+    _, titles = reader.read_movielens("ml-100k", opener)
+    assert titles == {"1": "unknown", "2": "Café (1990)"} and os.listdir(cache) == ["ml-100k.zip"]
+    assert capsys.readouterr().err.endswith("; fetching the copy in recbole==1.2.1 with pip\n")
+
+
+@pytest.mark.parametrize("wheel, reason", [
+    (b"", "pip: no network"), (zip_of(OTHER_EVENTS), "not the 100,000 events of ML-100K")],
+    ids=["no wheel", "other events"])
+def test_where_both_fail_nothing_is_kept_and_the_way_by_hand_is_shown(
+        wheel, reason, cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", pip_with(wheel))
+    with pytest.raises(reader.DataError, match=f"cannot be fetched .*{reason}") as error:
+        reader.read_movielens("ml-100k", Mock(side_effect=OSError("no route")))
+    assert str(error.value).endswith(f"ml-100k.zip by hand and put it at {cache / 'ml-100k.zip'}")
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cache, capsys):
+    write(cache, "a file where the folder should be")
+    archive = zip_of(ARCHIVES["ml-1m"][1])
+    events, _ = reader.read_movielens("ml-1m", lambda url, timeout: io.BytesIO(archive))
+    assert events.times.tolist() == [5, 4]
+    assert "ml-1m is not kept" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
-# The settings
+# Settings and the command line
 
 @pytest.mark.parametrize("name, value, message", [
-    ("epochs", 0, "--epochs must be an integer from 1 to 2147483647 .got 0."),
-    ("epochs", 2 ** 31, "got 2147483648"), ("d_model", 4.0, "--d-model must be an integer"),
-    ("seed", True, "got True"), ("lr", 1001, "--lr must be a number from 0 to 1000"),
-    ("lr", math.nan, "got nan"), ("lr", "x", "got 'x'"), ("lr", None, "got None"),
-    ("ties", "no", "--ties must be one of item, file, random .got 'no'"),
-    ("rank_seen", "no", "--rank-seen must be one of False, True"),
-    ("data", 7, "--data must be text"), ("epohcs", 3, "no setting 'epohcs': choose from data, ")])
+    ("epochs", 0, "--epochs must be an integer >= 1 .got 0."), ("seed", True, "got True"),
+    ("lr", math.nan, "--lr must be a number >= 0.0 .got nan."), ("lr", math.inf, "got inf"),
+    ("dropout", 1, "--dropout must be a number from 0.0 to 0.99 .got 1."), ("lr", None, "None"),
+    ("rank_seen", "no", "--rank-seen must be True or False .got 'no'"),
+    ("data", 7, "--data must be text .got 7."), ("epohcs", 3, "no setting 'epohcs': choose from")])
 def test_a_wrong_setting_is_refused_in_one_sentence(name, value, message):
     with pytest.raises(reader.DataError, match=message):
-        train.settle({name: value})
+        train.configure(**{name: value})
 
 
-def test_the_ends_of_each_range_every_choice_and_none_are_taken():
-    for name, (default, kind, allowed, _) in train.SETTINGS.items():
-        for value in [default, *allowed]:
-            assert train.settle({name: value})[name] == value
-    for name in ("max_len", "batch_size", "columns", "titles", "title_columns"):
-        assert train.settle({name: None})[name] is None
+def test_the_ends_of_a_range_are_taken_and_so_is_none_where_it_means_something():
+    for name, (_, allowed, _) in train.SETTINGS.items():
+        for value in set(allowed) - {math.inf} if isinstance(allowed, tuple) else ():
+            assert train.configure(**{name: value})[name] == value
+    for name in ("max_len", "batch_size", "columns", "delimiter", "titles", "title_columns"):
+        assert train.configure(**{name: None})[name] is None
 
 
-def test_the_shell_hands_over_only_what_was_typed(capsys):
+def test_the_shell_hands_over_only_what_was_typed_which_goes_before_what_was_saved():
     words = "--max-len none --lr 0.1 --rank-seen --epochs 7 --ties file".split()
-    _, given = train.parse_arguments(words)
-    assert given == {"max_len": None, "lr": 0.1, "rank_seen": True, "epochs": 7, "ties": "file"}
-    assert train.parse_arguments([])[1] == {}
-    assert train.settle({"data": "f"})["data"] == os.path.abspath("f")
-    assert train.settle({"lr": 1.0}, {"lr": 0.5, "seed": 1}) == {**train.DEFAULTS, "lr": 1.0,
-                                                                 "seed": 1}
+    typed = {"max_len": None, "lr": 0.1, "rank_seen": True, "epochs": 7, "ties": "file"}
+    assert train.parse_arguments(words)[1] == typed and train.parse_arguments([])[1] == {}
+    saved = {"lr": 0.5, "epochs": 9, "schedule": "a setting that we no longer have"}
+    assert train.configure(saved, epochs=7) == {**train.DEFAULTS, "lr": 0.5, "epochs": 7}
+
+
+def test_only_four_settings_of_a_run_may_differ_when_it_is_resumed():
+    may = {"data": os.path.abspath("moved"), "epochs": 1, "patience": 2, "threads": 3}
+    may_not = {"columns": "a,b", "delimiter": ";", "titles": "f", "title_columns": "a,b",
+               "min_count": 1, "ties": "file", "rank_seen": True, "max_len": None, "d_model": 4,
+               "n_blocks": 1, "max_phase": 1.0, "dropout": 0.1, "lr": 1e-3, "weight_decay": 0.1,
+               "average": 0.9, "batch_size": 4, "seed": 8}
+    assert {**may, **may_not}.keys() == train.SETTINGS.keys()
+    assert train.configure(train.DEFAULTS, **may) == {**train.DEFAULTS, **may}
+    for name, value in may_not.items():
+        with pytest.raises(reader.DataError, match=f"{train.flag(name)} is .* here, but it was"):
+            train.configure(train.DEFAULTS, **{name: value})
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--ties x", "argument --ties: invalid choice: 'x' (choose from "),
+    ("--epochs x", "argument --epochs: invalid integer value: 'x'"),
+    ("--epohcs 3", "unrecognized arguments: --epohcs 3 (see python train.py train --help)"),
+    ("--epochs 0", "--epochs must be"), ("--data ml100k", "ml100k is not a file; known by name are"),
+    ("--data pairs --min-count 0", "no user has the 3 events of a test"),
+    ("--out pairs", "pairs exists: choose another --out, continue its run with --resume pairs, or"),
+    ("--resume nowhere", "nowhere/last.npz: No such file or directory: --resume takes the folder"),
+    ("evaluate nowhere", "nowhere: No such file or directory: give the model.npz of a run"),
+    ("compare nowhere", "nowhere/metrics.json: No such file or directory: give the folders of"),
+    ("recommend MODEL --user u1 --all-users", "give titles or ids, or --user, or --all-users"),
+    ("recommend MODEL --top 0 i3", "--top must be an integer >= 1 (got 0)"),
+    ("recommend MODEL i3 --data pairs", "--data goes with --user or --all-users"),
+    ("recommend MODEL --user nobody", "no user 'nobody' among those of ")])
+def test_a_mistake_is_one_line_and_leaves_nothing(words, message, model, refused, tmp_path,
+                                                  monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reader, "read_movielens", Mock(side_effect=AssertionError("fetched")))
+    write(tmp_path / "pairs", "user,item\n" + "a,1\nb,2\n" * 5)
+    error = refused(*[model if word == "MODEL" else word for word in words.split()])
+    assert message in error.replace("\\", "/") and os.listdir() == ["pairs"]
+
+
+@pytest.mark.parametrize("imports, threads, n_warnings", [
+    ("numpy, train", None, 1), ("train, numpy", None, 0), ("numpy, train", "1", 0)])
+def test_numpy_imported_first_with_many_threads_is_one_warning(imports, threads, n_warnings):
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_THREADS")}
+    env.update({"OPENBLAS_NUM_THREADS": threads} if threads else {})
+    show = f"import os, {imports}; print(os.environ['OPENBLAS_NUM_THREADS'])"
+    done = subprocess.run(**python("-c", show), env=env, capture_output=True, text=True)
+    assert done.stdout == "1\n"
+    assert done.stderr.count("UserWarning: NumPy was imported before train.py") == n_warnings
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_progress_stays_on_one_line_of_a_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    train.progress(100 * "x")
+    train.progress("")
+    parts = capsys.readouterr().err.split("\r")
+    assert parts == ["", f"{100 * 'x':{columns - 1}.{columns - 1}}", "", (columns - 1) * " ", ""]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2820,22 +2837,25 @@ def test_standard_errors_are_over_users():
         {"Recall@10": 0.25, "NDCG@10": np.std([1, 0.5, 0, 0]) / 2})
 
 
-def test_a_scorer_may_hand_out_what_it_keeps_and_lists(forty_users):
+def test_a_scorer_s_own_array_is_not_changed(forty_users):
     table = np.tile(np.arange(61.0), (40, 1))
-    expected = train.evaluate(lambda seen: table[:len(seen)].copy(), forty_users, "test")
-    assert train.evaluate(lambda seen: table[:len(seen)], forty_users, "test") == expected
+    train.evaluate(lambda seen: table[:len(seen)], forty_users, "test")
     assert (table == np.arange(61.0)).all()
-    assert train.evaluate(lambda seen: table[:len(seen)].tolist(), forty_users, "test") == expected
 
 
-def test_what_evaluate_cannot_use_is_a_sentence(forty_users):
+def test_scores_of_another_shape_and_scores_that_are_not_finite_are_refused(forty_users):
     with pytest.raises(ValueError, match=r"here \(16, 61\) \(got \(16, 9\)"):
         train.evaluate(lambda seen: np.zeros((len(seen), 9)), forty_users, "test")
-    score = train.model_scorer(tiny_params())
-    for histories in ([], [[1], []], [1, 2], np.array([1, 2])):
-        with pytest.raises(ValueError, match="a list of histories, each of one event or more"):
-            score(histories)
-    assert score([[1, 2], np.array([3])]).shape == (2, 8)
+    params = tiny_params()
+    params["output_bias"][3] = np.nan
+    with pytest.raises(reader.DataError, match="scores are not finite: train with a lower --lr"):
+        train.model_scorer(params)([[1, 2]])
+
+
+@pytest.mark.parametrize("histories", [[], [[1], []], [1, 2], np.array([1, 2])], ids=str)
+def test_a_model_scores_only_lists_of_histories(histories):
+    with pytest.raises(ValueError, match="a list of histories, each of one event or more"):
+        train.model_scorer(tiny_params())(histories)
 
 
 def test_markov_and_popularity_by_hand():
@@ -2851,107 +2871,91 @@ def test_markov_and_popularity_by_hand():
 # ---------------------------------------------------------------------------------------------
 # A whole run: its settings all differ from the defaults, and patience ends it
 
-class Finished(NamedTuple):
-    folder: Path
-    printed: list
-    settings: dict
-    data: reader.Dataset
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    events = [f"u{u},i{(u + t) % 40},{t // 3}\n" for u in range(30) for t in range(12)]
-    file = write(folder / "f", "who,what,when\nu0,rare,9\nu1,rare,9\n" + "".join(events))
-    titles = write(folder / "t", "what,called\nrare,None\ni1,The One\ni2,Two\n")
-    settings = {"data": file, "columns": "who,what,when", "ties": "random", "min_count": 2,
-                "titles": titles, "title_columns": "what,called", "rank_seen": True, "max_len": 4,
-                "epochs": 40, "patience": 3, "seed": 3, "d_model": 8, "batch_size": 8, "lr": 0.02,
-                "dropout": 0.1}
+    events = [f"u{u};i{(u + t) % 40};{t // 3}\n" for u in range(30) for t in range(12)]
+    file = write(folder / "f", "who;what;when\nu0;rare;9\nu1;rare;9\n" + "".join(events))
+    titles = write(folder / "t", "what;called\nrare;None\ni1;The One\ni2;Two\n")
+    settings = {"data": file, "columns": "who,what,when", "delimiter": ";", "ties": "random",
+                "min_count": 2, "titles": titles, "title_columns": "what,called",
+                "rank_seen": True, "max_len": 4, "epochs": 40, "patience": 3, "seed": 3,
+                "d_model": 8, "batch_size": 8, "lr": 0.02, "dropout": 0.1}
     words = []
     for name, value in settings.items():
         words += [train.flag(name)] if value is True else [train.flag(name), value]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert program(*words, "--out", folder / "run") == 0
-    data = reader.load_dataset(file, 2, "random", 3, "who,what,when", titles, "what,called")
-    return Finished(folder / "run", printed.getvalue().splitlines(), settings, data)
+    return SimpleNamespace(
+        folder=folder / "run", report=report_in(folder / "run"), settings=settings,
+        data=train.load_data(train.configure(**settings)), lines=printed.getvalue().splitlines())
 
 
-def test_the_report_of_a_run(finished):
-    report = report_in(finished.folder)
-    assert report["data"] == {"name": finished.settings["data"], "users": 30, "items": 41,
-                              "events": 362, "digest": finished.data.digest}
-    assert report["config"] == {**train.DEFAULTS, **finished.settings, "out": str(finished.folder)}
-    assert report["seconds"] == sum(epoch["seconds"] for epoch in report["history"])
-    assert all(0 < epoch["seconds"] < 60 for epoch in report["history"])
-    assert report["history"][-1]["loss"] < report["history"][0]["loss"] - 0.5
+def test_the_report_names_the_data_and_the_settings(finished):
+    assert finished.report["data"] == {"name": finished.settings["data"], "users": 30, "items": 41,
+                                       "events": 362, "digest": finished.data.digest}
+    assert finished.report["config"] == {**train.DEFAULTS, **finished.settings}
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_the_run(finished):
-    report = report_in(finished.folder)
-    recalls = [epoch["Recall@10"] for epoch in report["history"]]
+    report, recalls = finished.report, [h["Recall@10"] for h in finished.report["history"]]
     assert report["epoch"] == recalls.index(max(recalls)) + 1 == len(recalls) - 3 > 1
-    for metric in ("Recall@10", "NDCG@10"):
-        assert report["validation"][metric] == report["history"][report["epoch"] - 1][metric]
+    assert report["history"][-1]["loss"] < report["history"][0]["loss"] - 0.5
     steps = lrurec.load(finished.folder / "last.npz")[1]["step"]
     assert steps == 12 * len(recalls), "3 windows a user, 8 in a batch"
 
 
 def test_the_saved_model_and_the_baselines_give_the_metrics_of_the_report(finished):
-    report = report_in(finished.folder)
-    params, extra = train.read_model(finished.folder / "model.npz")
-    assert extra["titles"] == finished.data.titles and extra["titles"][:3:2] == ["", "The One"]
-    baselines, score = train.baseline_scorers(finished.data), train.model_scorer(params)
-    for scorer, split, table in ((score, "test", report["test"]),
-                                 (score, "validation", report["validation"]),
-                                 (baselines["popularity"], "test",
-                                  report["baselines"]["popularity"]),
-                                 (baselines["Markov"], "test", report["baselines"]["markov"])):
-        assert table == train.evaluate(scorer, finished.data, split, 4, rank_seen=True)
-        assert table != train.evaluate(scorer, finished.data, split, 4)
+    report, (params, info) = finished.report, train.read_model(finished.folder / "model.npz")
+    assert info["titles"] == finished.data.titles and "The One" in info["titles"]
+    scorers = {**train.baseline_scorers(finished.data), "LRURec": train.model_scorer(params)}
+    for name, split, table in (("LRURec", "test", report["test"]),
+                               ("LRURec", "validation", report["validation"]),
+                               ("popularity", "test", report["baselines"]["popularity"]),
+                               ("Markov", "test", report["baselines"]["markov"])):
+        assert table == train.evaluate(scorers[name], finished.data, split, 4, rank_seen=True)
+        assert table != train.evaluate(scorers[name], finished.data, split, 4)
 
 
-def cells(table):
-    return "".join(f"{table[metric]:10.4f}" for metric in train.SHOWN)
+def row(name, table):
+    return f"{name:10}" + "".join(f"{table[metric]:10.4f}" for metric in train.SHOWN)
 
 
-def test_what_a_run_prints(finished):
-    report, best, lines = report_in(finished.folder), 0, list(finished.data.report)
-    lines += [f"ties by random; run in {finished.folder}"]
-    for n, h in enumerate(report["history"], 1):
-        mark, best = "*" if h["Recall@10"] > best else " ", max(best, h["Recall@10"])
-        lines.append(f"epoch {n:3d}  loss {h['loss']:.4f}  validation Recall@10 "
-                     f"{h['Recall@10']:.4f} {mark}  {h['seconds']:.1f} s")
-    test, errors = report["test"], report["test"]["error"]
-    assert finished.printed == [
-        *lines, "", f"test, best epoch {report['epoch']}, trained for {report['seconds']:.0f} s",
-        "            Recall@5 Recall@10 Recall@20    NDCG@5   NDCG@10   NDCG@20       MRR",
-        "popularity" + cells(report["baselines"]["popularity"]),
-        "Markov    " + cells(report["baselines"]["markov"]), "LRURec    " + cells(test),
-        f"LRURec, standard error over 30 users: Recall@10 {errors['Recall@10']:.4f}, "
-        f"NDCG@10 {errors['NDCG@10']:.4f}"]
-    assert all(len(line) <= 80 for line in finished.printed[-5:])
-
-
-@pytest.mark.parametrize("flag", [[], ["--rank-seen"]], ids=["without", "with"])
-def test_rank_seen_is_advised_where_it_is_not_given(flag, tmp_path, capsys):
-    lines = [f"{u},{item}\n" for u in range(9) for item in "abcdea"]
-    file = write(tmp_path / "again.csv", "user,item\n" + "".join(lines))
-    assert program("train", "--data", file, "--epochs", 1, "--out", tmp_path / "run", *flag) == 0
-    out = capsys.readouterr().out
-    assert "9 of 9 test items are already in" in out and ("--rank-seen" in out) == (not flag)
+def test_a_run_prints_what_was_read_its_epochs_and_the_test(finished):
+    report, lines = finished.report, iter(finished.lines)
+    assert [next(lines) for _ in finished.data.report] == list(finished.data.report)
+    assert next(lines) == f"ties by random; batches of 8 windows; run in {finished.folder}"
+    for epoch in report["history"]:
+        assert next(lines).startswith("epoch {epoch:3d}  loss {loss:.4f}  validation Recall@10 "
+                                      "{Recall@10:.4f} ".format(**epoch))
+    assert list(lines)[3:6] == [row("popularity", report["baselines"]["popularity"]),
+                                row("Markov", report["baselines"]["markov"]),
+                                row("LRURec", report["test"])]
 
 
 def test_evaluate_prints_the_metrics_again(finished, capsys):
     assert program("evaluate", finished.folder / "model.npz") == 0
-    report = report_in(finished.folder)
     assert capsys.readouterr().out.splitlines()[1:3] == [
-        "validation" + cells(report["validation"]), "test      " + cells(report["test"])]
+        row("validation", finished.report["validation"]), row("test", finished.report["test"])]
+
+
+def test_a_run_from_python_is_found_by_the_commands_and_goes_on(tmp_path):
+    file = write(tmp_path / "f", "who,what,when\n" + "".join(
+        f"u{u},i{(u + t) % 9},7\n" for u in range(9) for t in range(4)))
+    config = train.configure(data=file, columns="who,what,when", min_count=0, ties="random",
+                             epochs=1, d_model=2)
+    dataset, folder = train.load_data(config), tmp_path / "new" / "folder"
+    state = train.fit(dataset, config, folder)
+    assert state["config"] == {**config, "batch_size": 700} and config["batch_size"] is None
+    assert program("evaluate", folder / "model.npz") == 0
+    assert program("recommend", folder / "model.npz", "--user", "u3") == 0
+    again = train.fit(dataset, {**config, "epochs": 2}, folder, resume=True)
+    assert len(again["history"]) == 2 and again["history"][0] == state["history"][0]
 
 
 # ---------------------------------------------------------------------------------------------
-# Training
+# Steps of a training
 
 @pytest.mark.parametrize("n_rows, n_parts", [(1000, 2), (5900, 2), (6100, 4)])
 def test_shards_are_cut_at_the_walls_nearest_to_equal_parts(n_rows, n_parts):
@@ -2970,13 +2974,10 @@ def test_shards_are_no_more_than_the_walls_allow():
     assert len(train.shards(*2 * [np.arange(9000)], np.zeros(9000, bool))) == 1
 
 
-@pytest.mark.parametrize("schedule, seed", [("constant", 5), ("cosine", 6)])
-def test_each_step_has_its_own_numbers_and_the_running_mean_is_the_model(
-        schedule, seed, tiny, tmp_path, monkeypatch):
-    shards, states, real_update, rates = set(), set(), lrurec.adamw_update, 8 * [0.02]
-    if schedule == "cosine":
-        rates = 0.01 + 0.01 * np.cos(np.pi * np.arange(8) / 8)
-    means = [lrurec.init_params(14, 8, n_blocks=3, max_phase=0.5, rng=np.random.default_rng(seed))]
+def test_each_step_has_its_own_numbers_and_the_running_mean_is_the_model(tiny, tmp_path,
+                                                                         monkeypatch):
+    shards, states, real_update = set(), set(), lrurec.adamw_update
+    means = [lrurec.init_params(14, 8, n_blocks=3, max_phase=0.5, rng=np.random.default_rng(5))]
 
     def loss_and_grads(params, items, targets, starts, dropout, rng):
         assert dropout == 0.1
@@ -2986,7 +2987,7 @@ def test_each_step_has_its_own_numbers_and_the_running_mean_is_the_model(
 
     def update(params, grads, opt, lr, weight_decay):
         assert lrurec.clip_gradients(grads, np.inf) == pytest.approx(5, rel=1e-3)
-        assert (lr, weight_decay) == (pytest.approx(rates[opt["step"]]), 0.3)
+        assert (lr, weight_decay) == (0.02, 0.3)
         if opt["step"] == 0:
             assert all((params[name] == start).all() for name, start in means[0].items())
         real_update(params, grads, opt, lr, weight_decay)
@@ -2995,105 +2996,85 @@ def test_each_step_has_its_own_numbers_and_the_running_mean_is_the_model(
 
     monkeypatch.setattr(lrurec, "loss_and_grads", loss_and_grads)
     monkeypatch.setattr(lrurec, "adamw_update", update)
-    flags = [*tiny, "--n-blocks", 3, "--max-phase", 0.5, "--weight-decay", 0.3, "--average", 0.4]
-    assert program(*flags, "--seed", seed, "--schedule", schedule, "--out", tmp_path / "r",
-                   "--epochs", 2) == 0
-    report, (params, _) = report_in(tmp_path / "r"), train.read_model(tmp_path / "r" / "model.npz")
+    flags = "--n-blocks 3 --max-phase 0.5 --weight-decay 0.3 --average 0.4 --seed 5 --epochs 2"
+    assert program(*tiny, *flags.split(), "--out", tmp_path / "r") == 0
+    params, info = train.read_model(tmp_path / "r" / "model.npz")
     for name, p in params.items():
-        assert relative_error(p, means[4 * report["epoch"]][name]) < 1e-6, name
-    scorer, data = train.model_scorer(params), reader.load_dataset(tiny[1])
-    assert report["validation"] == train.evaluate(scorer, data, "validation", 200)
+        assert relative_error(p, means[4 * info["epoch"]][name]) < 1e-6, name
+    data, scorer = train.load_data(info["config"]), train.model_scorer(params)
+    assert info["validation"] == train.evaluate(scorer, data, "validation", 200)
     assert len(shards) == len(states) == 16, "of 2 epochs, 4 batches, 2 shards: all differ"
 
 
 @pytest.mark.parametrize("users, events, size", [(5, 3, 1400), (3, 3002, 1), (40, 12, 140)])
-def test_a_batch_has_as_many_windows_as_hold_about_1400_events(users, events, size, tmp_path):
+def test_a_batch_has_as_many_windows_as_hold_about_1400_events(users, events, size):
     data = dataset(np.arange(users * events) % 7 + 1, range(0, users * events + 1, events), 7)
-    config = {"epochs": 2, "d_model": 2, "max_len": None}
-    run, folder = train.fit(data, config, tmp_path / "new" / "folder"), tmp_path / "new" / "folder"
-    params, extra = train.read_model(folder / "model.npz")
-    assert len(run["history"]) == 2 and run["model"].keys() == params.keys()
-    assert extra["config"] == run["config"] == {
-        **train.DEFAULTS, **config, "batch_size": size, "data": os.path.abspath("toy")}
+    assert train.usual_batch_size(reader.training_rows(data)) == size
 
 
-@pytest.fixture
-def fitted(tmp_path):
-    """Data read with random ties from a file, and one epoch on them from Python: data, run"""
-    file = write(tmp_path / "f", "who,what,when\n" + "".join(
-        f"u{u},i{(u + t) % 9},7\n" for u in range(9) for t in range(4)))
-    data = reader.load_dataset(file, 0, "random", 7, ["who", "what", "when"])
-    write(tmp_path / "metrics.json", "of an older model")
-    return data, train.fit(data, {"epochs": 1, "d_model": 2, "average": 0.5}, tmp_path)
-
-
-def test_a_run_from_python_knows_how_its_data_were_read(fitted, tmp_path):
-    data, run = fitted
-    assert run["config"] == {
-        **train.DEFAULTS, "data": data.name, "min_count": 0, "ties": "random", "seed": 7,
-        "columns": "who,what,when", "epochs": 1, "d_model": 2, "average": 0.5, "batch_size": 700}
-    assert sorted(os.listdir(tmp_path)) == ["f", "last.npz", "model.npz"]
-    assert program("evaluate", tmp_path / "model.npz") == 0
-    assert program("recommend", tmp_path / "model.npz", "--user", "u3") == 0
-
-
-def test_fit_refuses_what_contradicts_the_data_or_the_run(fitted, tmp_path):
-    data, run = fitted
-    for settings, message in (({"seed": 8}, "--seed is 8 here, but it was 7"),
-                              ({"columns": None}, "--columns is None here")):
-        with pytest.raises(reader.DataError, match=message):
-            train.fit(data, settings, tmp_path / "other")
-    with pytest.raises(reader.DataError, match="toy: no user has the 3 events"):
-        train.fit(dataset([1, 2, 3, 4], [0, 2, 4], 4), {}, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-    others = {"columns": "a,b", "titles": "f", "title_columns": "a,b", "min_count": 1,
-              "ties": "file", "rank_seen": True, "max_len": 4, "d_model": 4, "n_blocks": 1,
-              "max_phase": 1, "dropout": 0.1, "lr": 1e-3, "schedule": "cosine", "weight_decay": 0,
-              "average": 0, "batch_size": 4, "seed": 8}
-    for name, value in others.items():
-        with pytest.raises(reader.DataError, match=f"{train.flag(name)} is .* here, but it w"):
-            train.fit(data, {name: value}, tmp_path, run)
-    for wrong in ((data._replace(digest="other"), {}, tmp_path), (data, {}, tmp_path / "other")):
-        with pytest.raises(reader.DataError, match="must be the data and the folder of the run"):
-            train.fit(*wrong, run)
-
+# ---------------------------------------------------------------------------------------------
+# Interrupted and resumed
 
 def end_of(folder):
     """All that came out of a run but its settings and seconds; of arrays, the hash of their bits"""
-    report, (arrays, _) = report_in(folder), lrurec.load(folder / "last.npz")
+    report = report_in(folder)
     for epoch in report["history"]:
         del epoch["seconds"]
     numbers = {key: report[key] for key in ("epoch", "history", "validation", "test")}
-    return {**numbers, **{name: hash(array.tobytes()) for name, array in arrays.items()}}
+    for name in ("model.npz", "last.npz"):
+        arrays, _ = lrurec.load(folder / name)
+        numbers[name] = {key: hash(array.tobytes()) for key, array in arrays.items()}
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Flags of a run, and its ends after 2 and after 20 epochs without an interruption"""
+    folder, ends = tmp_path_factory.mktemp("whole"), {}
+    flags = [*tiny_flags(folder), "--average", 0.9, "--patience", 100, "--threads", 1]
+    for epochs in (2, 20):
+        assert program(*flags, "--epochs", epochs, "--out", folder / str(epochs)) == 0
+        ends[epochs] = end_of(folder / str(epochs))
+    return flags, ends
 
 
 def infinite_loss(params, *rest):
-    return np.inf, {name: 0 * p for name, p in params.items()}
+    return np.float32(np.inf), {name: 0 * p for name, p in params.items()}
 
 
 def spoil(params, *rest):
     params["output_bias"].fill(np.nan)
 
 
-NOT_FINITE = "the loss is not finite in epoch 2: lower --lr"
-ENDS = {  # how a run ends in its second epoch: module, function, what it does, exit code, message
-    "Ctrl-C": (lrurec, "clip_gradients", lambda *_: signal.raise_signal(signal.SIGINT), 130,
-               "interrupted; completed epochs are saved, continue with: "),
-    "no memory": (lrurec, "clip_gradients", Mock(side_effect=MemoryError()), 2, "out of memory: "),
-    "nan in the weights": (lrurec, "adamw_update", spoil, 2, NOT_FINITE),
-    "an infinite loss": (lrurec, "loss_and_grads", infinite_loss, 2, NOT_FINITE),
+def nan_scores(params, hidden):
+    return np.full((len(hidden), len(params["output_bias"])), np.nan, "f4")
+
+
+def save_the_model_alone(path, params, real_save=lrurec.save, **extra):
+    if "last.npz" in str(path):
+        raise KeyboardInterrupt
+    real_save(path, params, **extra)
+
+
+FULL = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+ENDS = {  # how a run ends in an epoch: module, function, what it does, exit code, message
+    "Ctrl-C": (lrurec, "clip_gradients", Mock(side_effect=KeyboardInterrupt), 130,
+               "interrupted; completed epochs are saved, continue with: python train.py --resume"),
+    "Ctrl-C between the two files": (lrurec, "save", save_the_model_alone, 130, "interrupted; "),
+    "no memory": (lrurec, "clip_gradients", Mock(side_effect=MemoryError), 2, "out of memory: "),
+    "nan in the weights": (lrurec, "adamw_update", spoil, 2, "not finite in epoch {}: lower --lr"),
+    "an infinite loss": (lrurec, "loss_and_grads", infinite_loss, 2, "not finite in epoch {}: "),
+    "nan in the scores": (lrurec, "score", nan_scores, 2, "scores are not finite: train with a"),
+    "a full disk": (np, "savez", FULL, 2, "run cannot be written (No space left on device)"),
 }
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_a_run_that_ends_during_an_epoch_keeps_those_before(end, epoch, tmp_path, capsys,
-                                                            monkeypatch):
-    start = [*tiny_flags(tmp_path, items=60), "--epochs", 2, "--threads", 1]
-    out, whole, real_gradients = tmp_path / "run", tmp_path / "whole", train.gradients
+def test_a_run_that_ends_in_an_epoch_keeps_those_before_and_goes_on(end, epoch, whole, tmp_path,
+                                                                    capsys, monkeypatch):
+    (flags, ends), run, real_gradients = whole, tmp_path / "run", train.gradients
     module, name, happens, code, message = ENDS[end]
-    monkeypatch.setattr(train, "SHARD_ROWS", 20)
-    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
 
     def gradients(*arguments):
         if arguments[-1] == 4 * epoch - 1:         # the last step of the epoch
@@ -3102,313 +3083,166 @@ def test_a_run_that_ends_during_an_epoch_keeps_those_before(end, epoch, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "gradients", gradients)
-        assert program(*start, "--out", out) == code
-    error = capsys.readouterr().err.strip()
-    if epoch == 1:
-        assert not out.exists(), "a run that saved nothing leaves nothing"
-        assert "nothing was saved yet" in error or end != "Ctrl-C"
-    else:
-        assert message in error and error.isprintable(), error
-        assert sorted(os.listdir(out)) == ["last.npz", "model.npz"]
-        first = lrurec.load(out / "last.npz")[1]["history"][0]
-        assert program("--resume", "--out", out, "--threads", 3) == 0
-        assert program(*start, "--out", whole) == 0
-        assert end_of(out) == end_of(whole), "neither the end nor the threads change a bit"
-        report = report_in(out)
-        assert report["seconds"] == first["seconds"] + report["history"][1]["seconds"]
+        assert program(*flags, "--epochs", 2, "--out", run) == code
+    assert message.format(epoch) in capsys.readouterr().err
+    assert set(os.listdir(run)) <= {"last.npz", "model.npz"}, "no .part"
+    assert len(lrurec.load(run / "last.npz")[1]["history"]) == epoch - 1
+    assert program("--resume", run, "--threads", 3) == 0
+    assert end_of(run) == ends[2], "neither the end nor the threads change a bit"
 
 
-unix = pytest.mark.skipif(os.name == "nt", reason="signals and shells of Unix")
-
-
-@unix
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 @pytest.mark.parametrize("end, code", [("SIGKILL", -9), ("SIGINT", 130), ("closed pipe", 2)])
-def test_a_run_ended_at_any_moment_says_so_and_goes_on_to_the_same_end(end, code, tmp_path):
+def test_a_process_that_is_ended_goes_on_to_the_same_bits(end, code, whole, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job ignores it
-    out, whole = tmp_path / "the run", tmp_path / "whole"
-    start = [*tiny_flags(tmp_path), "--patience", 100_000, "--threads", 2, "--average", 0.9]
-    command = python("train.py", *start, "--epochs", 100_000, "--out", out)
-    with subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True) as process:
+    (flags, ends), run = whole, tmp_path / "the run"
+    command = python("train.py", *flags, "--threads", 2, "--epochs", 20, "--out", run)
+    with subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
         for line in process.stdout:
-            if line.startswith("epoch   2"):       # the first is saved by then
+            if line.startswith("epoch   2"):
                 break
-        time.sleep(0.02)
         if end == "closed pipe":
             process.stdout.close()
         else:
-            os.killpg(process.pid, getattr(signal, end))
+            process.send_signal(getattr(signal, end))
         error = process.stderr.read()
-        assert process.wait(10) == code and error.count("\n") <= 2, error
-    assert code == -9 or f"train.py train --resume --out '{out}'" in error
-    lrurec.load(out / "model.npz")                 # the old one or the new one, never half of one
-    epochs = len(lrurec.load(out / "last.npz")[1]["history"]) + 2
-    assert program("--resume", "--out", out, "--epochs", epochs) == 0
-    assert program(*start, "--out", whole, "--epochs", epochs, "--threads", 1) == 0
-    assert end_of(out) == end_of(whole)
+        assert process.wait() == code, error
+    assert code == -9 or f"continue with: python train.py --resume '{run}'\n" in error
+    assert program("--resume", run) == 0
+    assert end_of(run) == ends[20]
 
 
 # ---------------------------------------------------------------------------------------------
-# A run's files
+# A run's folder
 
-def test_two_runs_never_share_a_folder(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("out, code", [([], 0), (["--out", "runs/toy"], 2)])
+def test_trainings_started_at_once_never_share_a_folder(out, code, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    begun, real_load = [], reader.load_dataset
+    real_load, begun = reader.load_dataset, []
 
-    def load(*arguments):                          # the first run begins another during its start
+    def load(*arguments):                          # another starts while the first reads its data
         if not begun:
             begun.append(True)
-            assert program(*tiny, "--epochs", 1) == 0
+            assert program(*tiny, "--epochs", 1, *out) == 0
         return real_load(*arguments)
 
     monkeypatch.setattr(train, "load_dataset", load)
-    assert program(*tiny, "--epochs", 2) == 0 and program(*tiny, "--epochs", 1) == 0
+    assert program(*tiny, "--epochs", 2, *out) == code
     lengths = {path.name: len(report_in(path)["history"]) for path in Path("runs").iterdir()}
-    assert lengths == {"toy": 2, "toy-2": 1, "toy-3": 1}
-    os.utime("runs/toy-2/last.npz")
-    assert program("--resume", "--epochs", 2) == 0
-    assert len(report_in(Path("runs", "toy-2"))["history"]) == 2, "the one last written"
+    assert lengths == ({"toy": 1} if out else {"toy": 1, "toy-2": 2})
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--out full", "full exists: choose another --out, or --resume its run"),
-    ("--out empty", "empty is empty: a run was killed there in its first epoch, or one is"),
-    ("--resume --out empty", "empty is empty: a run was killed there in its first epoch, or one"),
-    ("--resume --out none", "holds no run to resume: start one in a new folder"),
-    ("--resume", "no run in runs/ to resume")])
-def test_a_folder_that_cannot_be_used_is_refused(flags, message, tiny, tmp_path, refused,
-                                                 monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.mkdir("empty")
-    os.mkdir("full")
-    write(tmp_path / "full" / "file", "")
-    assert message in refused(*([] if "--resume" in flags else tiny), *flags.split())
-    assert sorted(os.listdir()) == ["empty", "full", "toy.csv"]
+def test_fit_refuses_a_folder_with_a_run_and_data_of_other_settings(tiny, tmp_path):
+    config = train.configure(data=tiny[1], epochs=1, d_model=2)
+    data = train.load_data(config)
+    train.fit(data, config, tmp_path)              # which exists, but holds no run
+    with pytest.raises(reader.DataError, match="holds a run: give resume=True, or another folder"):
+        train.fit(data, config, tmp_path)
+    with pytest.raises(reader.DataError, match="the settings name ml-100k, but these data are"):
+        train.fit(data, {}, tmp_path / "other")
+    with pytest.raises(reader.DataError, match="has other events than the training had"):
+        train.fit(data._replace(digest="other"), config, tmp_path, resume=True)
 
 
-@pytest.fixture
-def started(tiny, tmp_path):
-    """The flags that resume a run of one epoch"""
-    assert program(*tiny, "--epochs", 1, "--out", tmp_path / "r") == 0
-    return ["--resume", "--out", tmp_path / "r"]
-
-
-def test_resume_takes_the_same_data_from_another_place_and_no_other(started, tiny, tmp_path,
-                                                                    refused):
-    moved = tmp_path / "moved.csv"
-    assert "--columns is item,user here" in refused(*started, "--columns", "item,user")
+def test_the_same_data_may_come_from_another_place_but_no_other_data(tiny, tmp_path, refused):
+    moved, run = tmp_path / "moved.csv", tmp_path / "run"
+    assert program(*tiny, "--epochs", 1, "--out", run) == 0
     os.rename(tiny[1], moved)
-    assert "toy.csv cannot be read" in refused(*started)
-    assert program(*started, "--epochs", 2, "--data", moved) == 0
-    assert report_in(tmp_path / "r")["config"]["data"] == str(moved)
+    assert "toy.csv is not there any more: say where it is with --data" in refused("--resume", run)
+    assert program("--resume", run, "--epochs", 2, "--data", moved) == 0
+    assert report_in(run)["config"]["data"] == str(moved)
     write(moved, moved.read_text() + "\nu0,i0,99")
-    for command in (started, ["evaluate", tmp_path / "r" / "model.npz"]):
+    for command in (["--resume", run], ["evaluate", run / "model.npz"],
+                    ["recommend", run / "model.npz", "--all-users"]):
         assert "has other events than the training had" in refused(*command, "--data", moved)
 
 
+def test_metrics_are_deleted_only_when_their_model_is_replaced(tiny, tmp_path):
+    config = train.configure(data=tiny[1], epochs=1, d_model=2)
+    state = train.fit(train.load_data(config), config, tmp_path)
+    metrics = tmp_path / "metrics.json"
+    write(metrics, "")
+    for recall, is_kept in ((-1.0, True), (2.0, False)):
+        state["history"].append({"Recall@10": recall})
+        train.save_state(tmp_path, state, {})
+        assert metrics.exists() == is_kept
+
+
 # ---------------------------------------------------------------------------------------------
-# Recommending
+# recommend
 
 TITLES = ["", "Heat (1995)", "Star Wars (1977)", "Star Trek (1979)", "8", "Lion King, The (1994)",
-          "Heat (1995), the making of", "Godfather, The (1972)", "Godfather: Part II, The (1974)"]
-FIND = train.item_finder(["", "7", "8", "9", "Heat", "l", "6", "g", "G"], TITLES)
+          "Heat (1995), the making of", "Godfather, The (1972)", "Godfather: Part II, The (1974)",
+          "Twelfth Night (1996)", "187 (1997)", "Wars of Stars (1980)"]
+FIND = train.item_finder(["", "7", "8", "9", "Heat", "l", "6", "g", "G", "n", "m", "187"], TITLES)
 
 
 @pytest.mark.parametrize("text, item", [
-    ("8", 2), ("Heat", 4), ("g", 7), ("G", 8),     # an id, before any title
-    ("heat (1995)", 1), (" TREK ", 3), ("the lion king", 5), ("the godfather", 7)])
-def test_an_item_is_found_by_its_id_or_the_words_of_its_title(text, item):
+    ("8", 2), ("Heat", 4), ("g", 7), ("G", 8), ("187", 11),       # an id, before any title
+    ("heat (1995)", 1), ("187 1997", 10), (" TREK ", 3), ("the lion king", 5), ("wars star", 2),
+    ("the godfather", 7), ("making of HEAT", 6)])
+def test_an_item_is_found_by_its_id_its_title_or_whole_words_of_it(text, item):
     assert FIND(text) == item
 
 
 @pytest.mark.parametrize("text, message", [
     ("star", r"matches 2 items: Star Wars \(1977\) \[8\]; Star Trek \(1979\) \[9\]: give more"),
-    ("Star Wrs", "no item 'Star Wrs': give an id, or words of a title"),
-    ("", "no item ''"), ("?!", "no item '[?]!'")])
+    ("elf", "no item 'elf': give an id, or whole words of a title"), ("?!", "no item '[?]!'")])
 def test_what_names_no_item_or_several_is_refused(text, message):
     with pytest.raises(reader.DataError, match=message):
         FIND(text)
 
 
-def test_two_hundred_thousand_titles_are_searched_quickly():
-    titles = [f"Some Film of No {n}, The ({1900 + n % 100})" for n in range(200_000)]
-    find = train.item_finder([str(n) for n in range(200_000)], titles)
-    begin = time.process_time()
-    assert find("no 123456 film the") == 123456
-    assert time.process_time() - begin < 0.2       # 0.02 s on an idle core
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    titles = write(folder / "titles", 'item,title\ni3,"Rock, The (1996)"\ni4,Undo\ni6,Дом\n')
-    assert program(*tiny_flags(folder), "--out", folder / "run", "--epochs", 4, "--max-len", 5,
+    titles = write(folder / "titles", 'item,title\ni3,"Rock, The (1996)"\ni6,Дом\n')
+    assert program(*tiny_flags(folder), "--out", folder / "run", "--epochs", 4, "--max-len", 7,
                    "--titles", titles) == 0
     return folder / "run" / "model.npz"
 
 
-def best_after(model, raw_ids, top, longest=99):
+def best_after(model, raw_ids, top):
     """What to recommend after these raw ids, by hand: a list of [rank, raw id, title, score].
-    The model sees the longest last ones, and none of them is recommended."""
-    params, extra = train.read_model(model)
-    history = [extra["item_ids"].index(raw) for raw in raw_ids] or [0]
-    recent = history[-longest:]
-    hidden = lrurec.encode(params, recent, np.zeros(len(recent), bool))
+    The model sees the last 7, and none of all is recommended."""
+    params, info = train.read_model(model)
+    history = [info["item_ids"].index(raw) for raw in raw_ids] or [0]
+    hidden = lrurec.encode(params, history[-7:], np.zeros(len(history[-7:]), bool))
     scores = lrurec.score(params, hidden[-1])
-    left_out = set() if extra["config"]["rank_seen"] else set(history)
+    left_out = set() if info["config"]["rank_seen"] else set(history)
     best = sorted(set(range(1, 15)) - left_out, key=lambda v: -scores[v])[:top]
-    return [[str(n), extra["item_ids"][v], extra["titles"][v], scores[v]]
+    return [[str(n), info["item_ids"][v], info["titles"][v], pytest.approx(scores[v], abs=1e-3)]
             for n, v in enumerate(best, 1)]
 
 
-EVERYTHING = [f"i{k}" for k in range(14)]
+def shown(model, after, raw_ids, top):
+    """What recommend prints after these raw ids, without the scores"""
+    best = best_after(model, raw_ids, top)
+    return [f"after: {after}", *(f"{rank:>2}  {title}" for rank, _, title, _ in best)]
 
 
-@pytest.mark.parametrize("words, history, top", [
-    (["the rock", "i5"], ["i3", "i5"], 99), (["i5"], ["i5"], 4), (["--new-user"], [], 12),
-    (EVERYTHING, EVERYTHING, 1)], ids=["titles and ids", "top 4", "a new user", "nothing left"])
-def test_recommend_for_a_history(words, history, top, model, capsys):
-    assert program("recommend", model, "--top", top, *words) == 0
-    lines = capsys.readouterr().out.splitlines()
-    best, rows = best_after(model, history, top), [line.split() for line in lines]
-    assert [row[:-1] for row in rows] == [[n, *title.split()] for n, _, title, _ in best]
-    assert [float(row[-1]) for row in rows] == pytest.approx([row[-1] for row in best], abs=1e-3)
-    assert len({len(line) for line in lines}) <= 1, "columns are aligned"
+def without_scores(text):
+    return re.sub(r" +-?[0-9.]+$", "", text, flags=re.M).splitlines()
 
 
-def test_best_items_takes_an_empty_history():
-    assert train.best_items(np.array([[9.0, 1, 3, 2]]), [[]], 2) == [[(2, 3.0), (3, 2.0)]]
+def test_recommend_says_what_it_understood_and_what_is_best_after_it(model, capsys):
+    assert program("recommend", model, "--top", 99, "the rock", "i5") == 0
+    expected = shown(model, "Rock, The (1996), i5", ["i3", "i5"], 99)
+    assert without_scores(capsys.readouterr().out) == expected
 
 
-def rows_of(text):
-    """The rows of recommend's CSV as lists, scores as numbers"""
-    head, *rows = csv.reader(text.splitlines())
-    assert head == ["user", "rank", "item", "title", "score"]
-    return [[*row[:4], pytest.approx(float(row[4]), abs=1e-4)] for row in rows]
+def test_items_come_a_line_each_and_an_empty_line_starts_again(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("i3\nwhat?\nдом\ni0\ni1\ni2\ni4\n\ni5\n"))
+    assert program("recommend", model, "--top", 8) == 2, "a line named no item"
+    printed, six = capsys.readouterr(), ["i3", "i6", "i0", "i1", "i2", "i4"]
+    assert printed.err == "no item 'what?': give an id, or whole words of a title\n"
+    lines, rock = without_scores(printed.out), "Rock, The (1996)"
+    assert lines[:27] == [*shown(model, "nothing yet", [], 8), *shown(model, rock, ["i3"], 8),
+                          *shown(model, f"{rock}, Дом", ["i3", "i6"], 8)]
+    assert lines[54:] == [*shown(model, "..., Дом, i0, i1, i2, i4", six, 8),
+                          *shown(model, "nothing yet", [], 8), *shown(model, "i5", ["i5"], 8)]
 
-
-@pytest.mark.parametrize("rank_seen", [False, True])
-def test_recommend_for_users_of_the_data(rank_seen, model, tmp_path, capsys):
-    edited(model, tmp_path / "m.npz", "config", "rank_seen", rank_seen)
-    data = reader.load_dataset(train.read_model(model)[1]["config"]["data"])
-    histories = {user: [data.item_ids[v] for v in events]         # of 30 users: two groups
-                 for user, events in zip(data.user_ids, reader.full_histories(data))}
-    for flags, users in ((["--all-users"], histories), (["--user", "u7"], ["u7"])):
-        assert program("recommend", tmp_path / "m.npz", *flags, "--top", 4) == 0
-        expected = [[user, *row] for user in users
-                    for row in best_after(tmp_path / "m.npz", histories[user], 4, 5)]
-        assert rows_of(capsys.readouterr().out) == expected
-
-
-def test_recommend_refuses_a_training_file_whose_events_have_changed(model, tmp_path, refused):
-    lines = Path(train.read_model(model)[1]["config"]["data"]).read_text().splitlines()
-    shorter = write(tmp_path / "shorter.csv", "\n".join(lines[:-1]))
-    edited(model, tmp_path / "m.npz", "config", "data", shorter)
-    assert "has other events than the training" in refused(
-        "recommend", tmp_path / "m.npz", "--all-users")
-
-
-def test_recommend_for_users_of_other_data(model, tmp_path, refused, capsys):
-    other = write(tmp_path / "other.csv", 5 * "a,i3\na,new\nb,new\nb,newer\n" + "c,i4\n")
-    command = ["recommend", model, "--all-users", "--data", other, "--columns", "1,2", "--top", 4]
-    assert program(*command) == 0
-    printed, histories = capsys.readouterr(), {"a": 5 * ["i3"], "b": [], "c": ["i4"]}
-    assert rows_of(printed.out) == [[user, *row] for user in histories
-                                    for row in best_after(model, histories[user], 4, 5)]
-    assert printed.err == f"{other}: 2 of 4 items are unknown to the model and left out\n"
-    write(tmp_path / "other.csv", "a,3.0\n")
-    assert (f"{other}: the model knows none of its 1 items: here the first id is '3.0', in the "
-            "model 'i0'") in refused(*command)
-
-
-def test_a_pipe_is_answered_line_by_line(model, refused, monkeypatch):
-    class Pipe(io.StringIO):
-        def __next__(self):
-            answered.append(printed.getvalue().count(b"\n"))
-            return super().__next__()
-
-    answered, printed = [], io.BytesIO()
-    monkeypatch.setattr("sys.stdin", Pipe("i3\nдом\n\nДом\n"))
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, "cp1252"))     # Windows
-    assert program("recommend", model) == 0
-    assert answered == [0, 1, 2, 2, 3], "each line before the next one is read"
-    for history, line in zip((["i3"], ["i3", "i6"], ["i6"]), printed.getvalue().splitlines()):
-        titles = [title for _, _, title, _ in best_after(model, history, 10)]
-        assert line == "\t".join(titles).encode()
-    monkeypatch.setattr("sys.stdin", io.StringIO("i3\n\nundo\nwhat\n"))        # Undo is a title
-    assert "standard input, line 4: no item 'what'" in refused("recommend", model)
-
-
-def test_a_session_on_a_terminal(model, capsys, monkeypatch):
-    def table(done, *history):
-        rows = [f" {n}  {title}" for n, _, title, _ in best_after(model, history, 3)]
-        return [*rows, f"{done}; top 3 updated"]
-
-    for end in ("", "EXIT\ni5"):
-        terminal = io.StringIO("the rock\ni5\nUNDO\nдом\nReset\nundo\ni4\nHELP\n\nwhat?\n" + end)
-        terminal.isatty = lambda: True
-        monkeypatch.setattr("sys.stdin", terminal)
-        assert program("recommend", model, "--top", 3) == 0
-        out = re.sub("> | in [0-9]+ µs| +-?[0-9.]+$", "", capsys.readouterr().out, flags=re.M)
-        assert out.rstrip().splitlines() == [
-            train.HELP, *table("added Rock, The (1996)", "i3"), *table("added i5", "i3", "i5"),
-            *table("undone", "i3"), *table("added Дом", "i3", "i6"), *table("reset"),
-            *table("undone"), *table("added Undo", "i4"), train.HELP, train.HELP,
-            "no item 'what?': give an id, or words of a title"]
-
-
-# ---------------------------------------------------------------------------------------------
-# compare and inspect
-
-def test_compare(finished, tmp_path, capsys):
-    report, folders = report_in(finished.folder), [finished.folder, tmp_path]
-    for split, factor in (("validation", 0.5), ("test", 0.25)):
-        report[split] = {name: factor * report[split][name] for name in train.SHOWN}
-    write(tmp_path / "metrics.json", json.dumps(report))
-    assert program("compare", *folders) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for split, table in (("validation", lines[:6]), ("test", lines[6:])):
-        rows = [[report_in(folder)[split][name] for name in train.SHOWN] for folder in folders]
-        rows += [np.mean(rows, 0), np.std(rows, 0, ddof=1)]
-        assert table[0] == split and len(table) == 6
-        for line, name, row in zip(table[2:], [*folders, "mean", "± std"], rows):
-            assert line.startswith(str(name))
-            assert line.split()[-7:] == [f"{value:.4f}" for value in row]
-
-
-def test_compare_takes_random_ties_of_other_seeds_and_refuses_other_data(model, finished, tmp_path,
-                                                                         refused):
-    drawn = report_in(finished.folder)             # with random ties each seed draws its own data
-    drawn["data"]["digest"] = "of another seed"
-    write(tmp_path / "metrics.json", json.dumps(drawn))
-    assert program("compare", finished.folder, tmp_path) == 0
-    assert "are runs of different data" in refused("compare", finished.folder, model.parent)
-    write(tmp_path / "metrics.json", "{}")
-    assert "metrics.json holds no metrics" in refused("compare", tmp_path)
-    assert "metrics.json holds no metrics" in refused("compare", tmp_path / "nowhere")
-
-
-def test_inspect(model, capsys):
-    assert program("inspect", model) == 0
-    out, (params, _) = capsys.readouterr().out, lrurec.load(model)
-    for k, line in enumerate(re.findall("block .*", out)):
-        rate = np.exp(params[f"blocks.{k}.lru.nu_log"].astype(float))          # |lam| = e^-rate
-        size, life = np.exp(-rate), np.log(2) / rate
-        low, middle, high = np.quantile(life, [0.1, 0.5, 0.9])
-        expected = [k, size.mean(), size.min(), size.max(), middle, 10, low, 10, high, life.max()]
-        assert [float(x) for x in re.findall("[0-9.]+", line)] == pytest.approx(
-            expected, rel=1e-3, abs=0.006)
-    assert k == 1
-
-
-def test_the_disk_shows_the_circle_and_how_many_eigenvalues_are_where():
-    picture = train.disk(np.array([1, 1j, -1, *[-0.5] * 12]))
-    assert picture[0][20] + picture[10][0] + picture[10][40] + picture[10][10] == "1119"
-    assert picture[3] == picture[17] and picture[3].strip(" .") == ""
-
-
-# ---------------------------------------------------------------------------------------------
-# Files, flags and streams made to harm
 
 def edited(path, to, part, name, value):
     """Save the model at path to another one, with a new value in its arrays, JSON or config."""
@@ -3418,113 +3252,96 @@ def edited(path, to, part, name, value):
     return to
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
+@pytest.mark.parametrize("rank_seen", [False, True])
+def test_recommend_for_users_of_the_data_as_csv(rank_seen, model, tmp_path, capsys):
+    edited(model, tmp_path / "m.npz", "config", "rank_seen", rank_seen)
+    data = train.load_data(train.read_model(model)[1]["config"])
+    histories = {user: [data.item_ids[v] for v in events]
+                 for user, events in zip(data.user_ids, reader.full_histories(data))}
+    for flags, users in ((["--all-users"], histories), (["--user", "u7"], ["u7"])):
+        assert program("recommend", tmp_path / "m.npz", *flags, "--top", 4) == 0
+        head, *rows = csv.reader(capsys.readouterr().out.splitlines())
+        assert head == ["user", "rank", "item", "title", "score"]
+        assert [[*row[:4], float(row[4])] for row in rows] == [
+            [user, *row] for user in users
+            for row in best_after(tmp_path / "m.npz", histories[user], 4)]
 
 
-HARMFUL = [  # what is replaced in a model file: its part, a name, the new value
-    ("json", "config", "x"), ("json", "item_ids", 7), ("json", "titles", ["x"]),
-    ("json", "item_ids", []), ("config", "max_len", [1]), ("arrays", "more", np.zeros(15, "f4")),
-    ("arrays", "output_bias", np.zeros(14, "f4")), ("arrays", "output_bias", np.zeros(15)),
-    ("arrays", "output_bias", np.full(15, np.nan, "f4")), ("arrays", "item_embedding", np.zeros(3)),
-    ("arrays", "output_bias", np.array([Bomb()]))]
-
-
-@pytest.mark.parametrize("part, name, value", HARMFUL, ids=str)
-def test_a_harmful_model_file_is_one_line_that_names_it_and_runs_no_code(
-        part, name, value, model, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    edited(model, "bad.npz", part, name, value)
-    assert "bad.npz holds no valid model" in refused("inspect", "bad.npz")
-    assert os.listdir() == ["bad.npz"], "nothing exploded"
-
-
-def test_a_model_file_survives_random_edits(model, tmp_path, capsys):
-    rng, raw, path = np.random.default_rng(0), model.read_bytes(), tmp_path / "m.npz"
-    for n in range(60):
-        content = bytearray(raw if n % 5 else raw[:rng.integers(len(raw))])
-        for k in rng.integers(len(content) + 1, size=3):
-            content[k:k + rng.integers(3)] = rng.bytes(2)         # changed or new
-        write(path, bytes(content))
-        code, (out, error) = program("recommend", path, "--new-user"), capsys.readouterr()
-        assert (out + error).replace("\n", "").isprintable(), (out, error)
-        assert code == 0 or code == 2 and error.count("\n") == 1 and str(path) in error, error
-
-
-def test_control_characters_of_a_model_file_never_reach_the_terminal(model, tmp_path, capsys):
-    edited(model, tmp_path / "m.npz", "json", "titles", 15 * ["\x1b[2J"])
-    assert program("recommend", tmp_path / "m.npz", "--new-user") == 0
-    out = capsys.readouterr().out
-    assert out.count(r"\x1b[2J") == 10 and "\x1b" not in out
-
+# ---------------------------------------------------------------------------------------------
+# A model file, compare, inspect, bench
 
 @pytest.mark.parametrize("part, name, value", [
-    ("arrays", "new", np.zeros(3)), ("json", "history", [7]), ("config", "lr", "fast")],
-    ids=["a parameter without moments", "a wrong history", "a wrong setting"])
-def test_a_damaged_run_is_refused(part, name, value, started, refused):
-    last = started[2] / "last.npz"
-    edited(last, last, part, name, value)
-    assert "last.npz holds no run to resume" in refused(*started, "--epochs", 3)
+    ("json", "item_ids", []), ("json", "config", 7), ("config", "lr", "fast"),
+    ("arrays", "output_bias", np.zeros(14)), ("arrays", "output_bias", np.full(15, np.nan)),
+    ("arrays", "blocks.1.lru.B", np.zeros((3, 3))), ("arrays", "output_bias", np.array([{}]))],
+    ids=str)
+def test_a_damaged_model_file_is_one_line(part, name, value, model, tmp_path, refused):
+    edited(model, tmp_path / "bad.npz", part, name, value)
+    assert "bad.npz: not a model (" in refused("inspect", tmp_path / "bad.npz")
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--ties x", "--ties must be one of item, file, random (got 'x')"),
-    ("--epochs x", "argument --epochs: invalid integer value: 'x'"),
-    ("--epohcs 3", "unrecognized arguments: --epohcs 3"), ("--\x1b[2J", r"\x1b[2J"),
-    ("--data /nowhere.csv", "nowhere.csv cannot be read"), ("--out file/run", "file"),
-    ("recommend m --user u --all-users", "give one of: titles or ids"),
-    ("recommend m --user u --top 2 x", "give one of: titles or ids"),
-    ("recommend m --top 2 x --lr 1", "unrecognized arguments: x --lr 1"),
-    ("recommend m --top 0", "--top must be 1 or more (got 0)"),
-    ("recommend m x --data f", "--data and --columns go with --user"),
-    ("--title-columns 1,2", "--title-columns goes with --titles")])
-def test_a_mistake_ends_with_2_and_one_line_and_leaves_nothing(words, message, model, refused,
-                                                               tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reader, "read_movielens", Mock(side_effect=AssertionError("fetched")))
-    write(tmp_path / "file", "")
-    words = [model if word == "m" else word for word in words.split(" ")]
-    assert message in refused(*words)
-    assert os.listdir(tmp_path) == ["file"]
+def test_who_gives_a_folder_or_last_npz_is_told_which_file_to_give(model, refused):
+    assert f"{model.parent} is a folder: give {model}" in refused("inspect", model.parent)
+    last = model.parent / "last.npz"
+    assert "last.npz is for --resume alone): give the model.npz of" in refused("inspect", last)
 
 
-@unix
-@pytest.mark.parametrize("command, shell, code, out, err", [
-    ("compare", '"$@" 2>&-', 2, "train.py: ", ""), ("inspect", '"$@" >&-', 0, "", "block 0"),
-    ("inspect", '"$@" >&- 2>&-', 0, "", ""), ("recommend", '"$@" <&-', 0, "", ""),
-    ("recommend --all-users", '{ "$@"; echo "code $?" >&2; } | true', 0, "", "code 0"),
-    pytest.param("inspect", '"$@" >/dev/full', 2, "", "train.py: output: No space",
-                 marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux"))])
-def test_closed_and_full_streams_lose_nothing_in_silence(command, shell, code, out, err, model):
-    command = python("train.py", *command.split(), model)
-    command["args"][:0] = ["sh", "-c", shell, "sh"]
-    env = {**os.environ, "PYTHONUNBUFFERED": ""}   # what is written late is lost late
-    done = subprocess.run(**command, env=env, capture_output=True, text=True)
-    for expected, text in ((out, done.stdout), (err, done.stderr)):
-        assert text.startswith(expected) and bool(text) == bool(expected), text
-    assert done.returncode == code and (code == 0 or (done.stdout + done.stderr).count("\n") == 1)
+def test_compare_prints_each_run_the_mean_and_the_deviation(finished, tmp_path, capsys):
+    folders, report = [finished.folder, tmp_path], {**finished.report}
+    for split, factor in (("validation", 0.5), ("test", 0.25)):
+        report[split] = {name: factor * report[split][name] for name in train.SHOWN}
+    write(tmp_path / "metrics.json", json.dumps(report))
+    assert program("compare", *folders) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for split, table in (("validation", lines[:6]), ("test", lines[6:])):
+        rows = [[each[split][name] for name in train.SHOWN] for each in (finished.report, report)]
+        rows += [np.mean(rows, 0), np.std(rows, 0, ddof=1)]
+        assert table[0] == split and len(table) == 6
+        for line, name, row in zip(table[2:], [*folders, "mean", "± std"], rows):
+            assert line.startswith(str(name))
+            assert line.split()[-7:] == [f"{value:.4f}" for value in row]
 
 
-@pytest.mark.parametrize("imports, threads, n_warnings", [
-    ("numpy, train", None, 1), ("train, numpy", None, 0), ("numpy, train", "1", 0)])
-def test_numpy_imported_first_with_many_threads_is_one_warning(imports, threads, n_warnings):
-    env = {name: value for name, value in os.environ.items() if not name.endswith("_THREADS")}
-    env.update({"OPENBLAS_NUM_THREADS": threads} if threads else {})
-    show = f"import os, {imports}; print(os.environ['OPENBLAS_NUM_THREADS'])"
-    done = subprocess.run(**python("-c", show), env=env, capture_output=True, text=True)
-    assert done.stdout == "1\n" and done.stderr.count("set OPENBLAS_NUM_THREADS=1") >= n_warnings
-    assert done.stderr.count("UserWarning: NumPy was imported before train.py") == n_warnings
+def test_compare_refuses_runs_on_other_data(model, finished, refused):
+    error = refused("compare", finished.folder, model.parent)
+    assert "runs on different data: " in error and "30 users, 41 items, 362 events" in error
 
 
-@pytest.mark.parametrize("columns", [40, 200])
-def test_progress_stays_on_one_line_of_a_terminal(columns, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
-    train.progress(100 * "x")
-    train.progress("")
-    parts = capsys.readouterr().err.split("\r")
-    assert parts == ["", f"{100 * 'x':{columns - 1}.{columns - 1}}", "", (columns - 1) * " ", ""]
+def test_inspect_prints_sizes_and_half_lives_of_each_block(model, capsys):
+    assert program("inspect", model) == 0
+    out, (params, _) = capsys.readouterr().out, lrurec.load(model)
+    assert out.startswith("the circle is |lam| = 1; a digit counts the eigenvalues in its place")
+    for k in range(2):
+        rate = np.exp(params[f"blocks.{k}.lru.nu_log"].astype(float))          # |lam| = e^-rate
+        size, life = np.exp(-rate), np.log(2) / rate
+        assert (f"block {k}: mean |lam| {size.mean():.4f} (from {size.min():.2f} to "
+                f"{size.max():.2f}); half-life in events: median {np.median(life):.2f}") in out
+
+
+def test_the_disk_shows_the_circle_and_how_many_eigenvalues_are_where():
+    picture = train.disk(np.array([1, 1j, -1, *[-0.5] * 12]))
+    assert picture[0][20] + picture[10][0] + picture[10][40] + picture[10][10] == "1119"
+    assert picture[3] == picture[17] and picture[3].strip(" .") == ""
+
+
+@pytest.fixture
+def quick_bench(tiny, monkeypatch):
+    """bench on tiny data, without its training steps, as if everything took a millisecond"""
+    def quick(work, repeat):
+        if repeat != 3:
+            work()
+        return 1.0
+
+    monkeypatch.setitem(train.DEFAULTS, "data", tiny[1])
+    monkeypatch.setattr(train, "median_ms", quick)
+
+
+def test_bench_prints_steps_catalogues_and_single_events(quick_bench, capsys):
+    assert program("bench", "--threads", 1) == 0
+    out = capsys.readouterr().out
+    assert "this takes some minutes" in out.splitlines()[0] and "dropout 0.2: 1.0 ms" in out
+    assert re.findall("([0-9,]+) items +8,000,000", out) == ["1,349", "10,000", "100,000"]
+    assert out.splitlines()[-1].split() == "after 10000 events 1000 1000".split()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3536,34 +3353,43 @@ def blocks_of_the_readme(language):
     return [text for name, text in blocks if name == language]
 
 
-def test_every_command_in_the_readme_parses_and_every_flag_is_shown_there_and_in_help(capsys):
-    lines = "".join(blocks_of_the_readme("")).replace("&& ", "\n").splitlines()
-    commands = [line.partition("  #")[0] for line in lines if line.startswith("python ")]
-    for command in commands:
-        script, *words = shlex.split(command.partition(">")[0])[1:]
-        if script == "train.py":
-            train.parse_arguments(words)           # raises DataError
-        elif script == "test_lrurec.py":
-            names = {word.removesuffix(".py") for word in words}
-            assert names <= {*EXERCISES, *TRAININGS, "check", "start", "train", "pytorch",
-                             "--hint", "--formula"}, command
+def test_every_command_in_the_readme_parses():
+    text = "".join(blocks_of_the_readme("")).replace("\\\n", "").replace("&& ", "\n")
+    for line in text.splitlines():
+        if line.startswith("python train.py"):
+            command = line.partition("  #")[0].partition(">")[0]
+            with contextlib.suppress(SystemExit):                 # of --help
+                train.parse_arguments(shlex.split(command)[2:])   # raises DataError
+        elif line.startswith("python test_lrurec.py"):
+            words = shlex.split(line.partition("  #")[0])[2:]
+            assert {*words} <= {*EXERCISES, "check", "pytorch", "train", "--ml-100k", "--hint"}
+
+
+def test_the_help_of_train_names_every_flag_with_its_default(capsys):
     assert program("train", "--help") == 0
-    listed, shown = " ".join(capsys.readouterr().out.split()), " ".join(commands)
+    listed = " ".join(capsys.readouterr().out.split())
     for name, default in train.DEFAULTS.items():
-        flag = "--" + name.replace("_", "-")
-        assert flag in shown and f" {flag} " in listed, flag
-        assert name == "rank_seen" or f"(default: {default})" in listed, flag
+        assert f" {train.flag(name)} " in listed and f"(default: {default})" in listed, name
+
+
+def test_the_readme_s_line_counts_are_right_to_a_twentieth():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        counts = re.findall(r"^\| `(\w+\.py)` .* ([0-9,]+) \|$", file.read(), re.M)
+    assert len(counts) == 4
+    for name, count in counts:
+        with open(os.path.join(HERE, name), encoding="utf-8") as file:
+            assert int(count.replace(",", "")) == pytest.approx(len(list(file)), rel=0.05), name
 
 
 def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     """On other data: users who walk round a ring of items, with numbers as ids."""
     items = (np.arange(60)[:, None] * 7 + np.arange(12)) % 120 + 1
-    monkeypatch.setattr(reader, "load_dataset", lambda name: dataset(
-        items.ravel(), range(0, 721, 12), 120))
+    ring = dataset(items.ravel(), range(0, 721, 12), 120)._replace(name="ml-100k")
+    monkeypatch.setattr(train, "load_dataset", lambda *settings: ring)
     monkeypatch.chdir(tmp_path)
     for block in blocks_of_the_readme("python"):
         exec(block, {})
-    assert np.load("scores.npy").shape == (60, 121)
+    assert {*os.listdir("runs/notebook")} == {"last.npz", "model.npz"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3618,6 +3444,7 @@ class StandIn:
         h[:] = lrurec.scan_loop(lam, h, starts)
 
     def random_bytes(self, seed, size):
+        assert type(seed) is int
         return self.asarray(np.random.default_rng(seed).integers(256, size=size))
 
 
@@ -3671,19 +3498,13 @@ def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
         assert relative_error(a, b) < 1e-12
 
 
-def test_the_whole_program_on_the_stand_in_and_its_model_on_the_cpu(gpu, tiny, tmp_path, capsys,
-                                                                    monkeypatch):
-    def quick(work, repeat):                       # without the large models, which take their time
-        if repeat != 3:
-            work()
-        return 1e-3
-
+def test_the_whole_program_runs_on_the_stand_in_and_its_model_on_the_cpu(
+        gpu, tiny, quick_bench, tmp_path, capsys, monkeypatch):
     out, model = tmp_path / "run", tmp_path / "run" / "model.npz"
-    monkeypatch.setattr(train, "median_ms", quick)
     monkeypatch.setattr("sys.stdin", io.StringIO("i3\n"))
     for command in ([*tiny, "--out", out, "--epochs", 2, "--average", 0.9],
-                    ["--resume", "--out", out, "--epochs", 3], ["evaluate", model],
-                    ["bench", *tiny[:2]], ["recommend", model, "--user", "u3"],
+                    ["--resume", out, "--epochs", 3], ["evaluate", model],
+                    ["bench"], ["recommend", model, "--user", "u3"],
                     ["recommend", model], ["recommend", model, "i3"]):
         threads = [] if command[0] == "recommend" else ["--threads", 1]
         assert program(*command, "--device", "gpu", *threads) == 0

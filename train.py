@@ -1,76 +1,86 @@
 # SPDX-License-Identifier: MIT
 """The program: train LRURec, evaluate a saved model, recommend with it, look inside.
 
-    python train.py                      train on ML-100K with the defaults, start to finish
-    python train.py COMMAND --help       the flags of a command
+    python train.py                                       train on ML-100K with the defaults
+    python train.py --data log.csv --out runs/mine        train on a file of your own
+    python train.py --resume runs/mine                    continue where that run stopped
+    python train.py recommend runs/mine/model.npz "Star Wars" Fargo
+    python train.py COMMAND --help                        the flags of a command
 
-First the settings, the evaluation and the training; then a run's files and the commands. The model
-is in lrurec.py; filtering, splits and batches are in data.py.
+Settings, evaluation and training come first: whoever stops at "A run's files" has seen how LRURec
+is trained. Then come the commands. The model is in lrurec.py; sequences and batches are in data.py.
 """
+# ---- Threads and memory, before NumPy is imported
+
+import contextlib
+import ctypes
 import os
 import sys
 import warnings
 
-# Our own threads share the work, so BLAS gets one. It reads these when NumPy is first imported
+# Our own threads share the work, so BLAS gets one. It reads these when NumPy is first imported.
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                 "VECLIB_MAXIMUM_THREADS")
 if "numpy" in sys.modules and not any(os.environ.get(name) == "1" for name in BLAS_THREADS):
     warnings.warn("NumPy was imported before train.py and uses several BLAS threads: training can "
-                  "be ten times slower. Import train first, or set OPENBLAS_NUM_THREADS=1")
+                  "be eight times slower. Import train first, or set OPENBLAS_NUM_THREADS=1")
 os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
+
+# Have glibc keep what a step frees for the next one: otherwise it goes back to the system and is
+# fetched again page by page, which takes 20 % of the time. Elsewhere this does nothing.
+with contextlib.suppress(AttributeError, OSError, TypeError):
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
+    mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
+    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap for all threads
 
 import argparse
 import collections
-import contextlib
 import csv
-import ctypes
-import glob
+import itertools
 import json
 import math
 import re
 import shlex
 import shutil
-import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 
 import numpy as np
 
 import lrurec
-from data import (NAMES, DataError, batches, full_histories, histories, load_dataset, printable,
+from data import (NAMES, TIES, DataError, batches, full_histories, histories, load_dataset,
                   training_rows)
 
 # ---- The settings of a run
 
-LARGE = 2 ** 31 - 1
 SETTINGS = {
-    # name: (default, type, allowed, help); allowed: the ends of a range, or choices, or () for any
-    "data": ("ml-100k", str, (), "a file of interactions, ml-100k or ml-1m"),
-    "columns": (None, str, (), "USER,ITEM[,TIME]: names of a header; without one numbers from 1"),
-    "titles": (None, str, (), "a file of item ids and titles"),
-    "title_columns": (None, str, (), "ITEM,TITLE of --titles, as in --columns"),
-    "min_count": (5, int, (0, LARGE), "drop items, then users, with fewer events; 0 keeps all"),
-    "ties": ("item", str, ("item", "file", "random"), "order at equal times: item, file or random"),
-    "rank_seen": (False, bool, (False, True), "also rank and recommend what is in the history"),
-    "max_len": (200, int, (1, LARGE), "events of a history, or none for all"),
-    "d_model": (64, int, (1, 65536), "model width"),
-    "n_blocks": (2, int, (1, 1000), "number of blocks"),
-    "max_phase": (0.01, float, (1e-9, 1), "fraction of the circle where the eigenvalues start"),
-    "dropout": (0.5, float, (0, 0.99), "dropout rate"),
-    "lr": (2e-3, float, (0, 1000), "learning rate of AdamW"),
-    "schedule": ("constant", str, ("constant", "cosine"), "of --lr: constant, or cosine to 0"),
-    "weight_decay": (0.01, float, (0, 1000), "weight decay of AdamW"),
-    "average": (0.0, float, (0, 0.999999), "decay of the running mean of the weights; 0: no mean"),
-    "batch_size": (None, int, (1, LARGE), "windows in a batch; none: about 1,400 events' worth"),
-    "epochs": (50, int, (1, LARGE), "maximum number of epochs"),
-    "patience": (15, int, (1, LARGE), "stop after so many epochs without a better Recall@10"),
-    "seed": (42, int, (0, LARGE), "random seed"),
-    "threads": (os.cpu_count() or 1, int, (1, 1024), "threads; the results do not depend on it"),
+    # name: (default, what it may be: a type, the ends of a range, or choices; help)
+    "data": ("ml-100k", str, "a file of interactions, ml-100k or ml-1m"),
+    "columns": (None, str, "USER,ITEM[,TIME]: names in the header; numbers from 1 without one"),
+    "delimiter": (None, str, "what separates the fields, where the first line leaves it open"),
+    "titles": (None, str, "a file of item ids and titles"),
+    "title_columns": (None, str, "ITEM,TITLE of --titles, as in --columns"),
+    "min_count": (5, (0, inf), "drop items, then users, with fewer events; 0 keeps all"),
+    "ties": ("item", TIES, "order of a user's events at equal times"),
+    "rank_seen": (False, bool, "also rank and recommend what is in the history"),
+    "max_len": (200, (1, inf), "events of a history that the model sees, or none for all"),
+    "d_model": (64, (1, inf), "model width"),
+    "n_blocks": (2, (1, inf), "number of blocks"),
+    "max_phase": (0.01, (1e-9, 1.0), "fraction of the circle where the eigenvalues start"),
+    "dropout": (0.5, (0.0, 0.99), "dropout rate"),
+    "lr": (2e-3, (0.0, inf), "learning rate of AdamW"),
+    "weight_decay": (0.01, (0.0, inf), "weight decay of AdamW"),
+    "average": (0.0, (0.0, 0.999999), "decay of the running mean of the weights; 0: no mean"),
+    "batch_size": (None, (1, inf), "windows in a batch, or none for about 1,400 events' worth"),
+    "epochs": (50, (1, inf), "maximum number of epochs"),
+    "patience": (15, (1, inf), "stop after so many epochs without a better Recall@10"),
+    "seed": (42, (0, inf), "random seed"),
+    "threads": (os.cpu_count() or 1, (1, inf), "threads; the results do not depend on it"),
 }
-DEFAULTS = {name: default for name, (default, *_) in SETTINGS.items()}
-MAY_CHANGE = ("data", "epochs", "patience", "threads")            # on --resume; data: its path
-FIXED = [name for name in SETTINGS if name not in MAY_CHANGE]
+DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
+MAY_DIFFER = ("data", "epochs", "patience", "threads")            # when a run is resumed
 
 BATCH_EVENTS = 1400           # events in a batch of the default size, about
 SHARD_ROWS = 2000             # rows of a shard of a batch, about
@@ -81,45 +91,53 @@ BEST = "Recall@10"            # on validation: picks the epoch that is kept
 SHOWN = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR")
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def settle(given, saved=None, fixed=()):
-    """All settings: the defaults, then those saved, then those given, dicts -> dict.
-    Raises DataError for a wrong one, and where one of `fixed` is not as saved."""
-    config = {**DEFAULTS, **(saved or {}), **given}
+def configure(saved=None, **given):
+    """All settings of a run, a dict: the defaults, then those saved with a run or a model (names
+    that we no longer have are ignored), then those given. Paths become absolute. Raises DataError
+    for a wrong setting, and for one that differs from what was saved but is not in MAY_DIFFER."""
+    before = DEFAULTS | {name: saved[name] for name in SETTINGS if name in (saved or {})}
+    config = before | given
     for name, value in config.items():
         check_setting(name, value)
-    for name in ("data", "titles"):                # a run may be resumed from another directory
-        if config[name] not in (None, *NAMES):
+    for name in ("data", "titles"):
+        if config[name] is not None and config[name] not in NAMES:
             config[name] = os.path.abspath(config[name])
-    for name in fixed:
-        if config[name] != saved[name]:
-            raise DataError(f"{flag(name)} is {config[name]} here, but it was {saved[name]} so "
-                            "far: leave it out, or start a new run")
+    for name in given:
+        if saved and name not in MAY_DIFFER and config[name] != before[name]:
+            raise DataError(f"{flag(name)} is {config[name]} here, but it was {before[name]} in "
+                            "training: leave it out, or start a new run")
     return config
 
 
 def check_setting(name, value):
-    """Raises DataError unless the setting may have this value."""
+    """Raises DataError unless the setting may have this value. Words that only load_dataset needs
+    are judged there."""
     if name not in SETTINGS:
         raise DataError(f"no setting {name!r}: choose from {', '.join(SETTINGS)}")
-    default, kind, allowed, _ = SETTINGS[name]
+    default, allowed, _ = SETTINGS[name]
     if value is None and (default is None or name == "max_len"):
         return
+    kind = kind_of(name)
     if kind in (int, float):
         low, high = allowed
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        right = is_number and low <= value <= high                # False for nan
-        noun = "an integer" if kind is int else "a number"
-        wanted = f"{noun} from {low} to {high}"
-    elif allowed:
-        right, wanted = value in allowed, f"one of {', '.join(map(str, allowed))}"
+        right = is_number and low <= value <= high and value < inf             # False for nan
+        wanted = "an integer" if kind is int else "a number"
+        wanted += f" >= {low}" if high == inf else f" from {low} to {high}"
     else:
-        right, wanted = isinstance(value, str), "text"
+        right, wanted = isinstance(value, kind), "text" if kind is str else "True or False"
     if not right:
         raise DataError(f"{flag(name)} must be {wanted} (got {value!r})")
+
+
+def kind_of(name):
+    """The type of a setting: str, int, float or bool."""
+    allowed = SETTINGS[name][1]
+    return type(allowed[0]) if isinstance(allowed, tuple) else allowed
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 # ---- Evaluation
@@ -177,7 +195,7 @@ def evaluate(scorer, data, split, max_len=None, threads=1, rank_seen=False):
 
 
 def model_scorer(params):
-    """The model as a scorer for evaluate."""
+    """The model as a scorer for evaluate. It raises DataError where a score is not finite."""
     def scorer(seen):
         if not len(seen) or any(np.ndim(history) != 1 or not len(history) for history in seen):
             raise ValueError("a scorer takes a list of histories, each of one event or more, as in "
@@ -186,7 +204,10 @@ def model_scorer(params):
         ends = np.cumsum(lengths)
         starts = np.isin(np.arange(ends[-1]), ends - lengths)     # a wall before each history
         hidden = lrurec.encode(params, np.concatenate(seen), starts)
-        return lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(ends - 1)]))
+        scores = lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(ends - 1)]))
+        if not np.isfinite(scores[:, 1:]).all():                  # column 0 is -inf
+            raise DataError("the model's scores are not finite: train with a lower --lr")
+        return scores
     return scorer
 
 
@@ -214,65 +235,71 @@ def baseline_scorers(data):
 
 # ---- Training
 
-def fit(data, config, folder, run=None):
-    """Train until epochs or patience run out -> run, the state of the training, a dict: config,
-    digest (of the data), params, opt, history (a dict per epoch), and model, which is validated
-    and saved: with config["average"] a running mean of params, else params itself.
+def fit(data, config, folder, resume=False):
+    """Train until epochs or patience run out -> state, the dict that new_state describes.
 
-    config names what differs from DEFAULTS, or from the config of run, a state to continue, which
-    is changed. After every epoch folder holds model.npz (the best epoch) and last.npz (all that
-    continuing needs). Raises DataError for a wrong config and for a loss that is not finite.
+    config: a dict of settings; data: what load_data read by it; folder: where the run's files are
+    written or, with resume=True, read too. From before epoch 1 on, last.npz in it has all that
+    resuming needs to end with the same bits; model.npz is the best epoch's. Raises DataError for
+    data, settings or a folder that do not belong together, and where training diverges.
     """
-    run, rows = prepare_run(data, config, folder, run)
-    config, history = run["config"], run["history"]
-    with ThreadPoolExecutor(config["threads"]) as pool, ctrl_c_sets_a_flag() as stop:
+    config = configure(**config)
+    if data.name != config["data"]:
+        raise DataError(f"the settings name {config['data']}, but these data are {data.name}: "
+                        "read them with load_data(config)")
+    rows = training_rows(data, config["max_len"])
+    if config["batch_size"] is None:
+        config["batch_size"] = usual_batch_size(rows)
+    if resume:
+        state = read_state(folder)
+        refuse_other_data(data, state["digest"])
+        state["config"] = configure(state["config"], **config)
+    else:
+        if os.path.exists(os.path.join(folder, "last.npz")):
+            raise DataError(f"{folder} holds a run: give resume=True, or another folder")
+        state = new_state(data, config)
+        os.makedirs(folder, exist_ok=True)
+        save_state(folder, state)                  # epoch 0: from now on it can be resumed
+    print(f"ties by {config['ties']}; batches of {config['batch_size']} windows; run in {folder}",
+          flush=True)
+    history = state["history"]
+    with ThreadPoolExecutor(config["threads"]) as pool:
         while (len(history) < config["epochs"]
                and len(history) - best_epoch(history) < config["patience"]):
             begin = time.perf_counter()
-            loss = train_epoch(run, rows, pool, stop)
-            validation = evaluate(model_scorer(run["model"]), data, "validation",
+            loss = train_epoch(state, rows, pool)
+            validation = evaluate(model_scorer(state["model"]), data, "validation",
                                   config["max_len"], config["threads"], config["rank_seen"])
             epoch, seconds = len(history) + 1, time.perf_counter() - begin
             history.append({"epoch": epoch, "loss": loss, BEST: validation[BEST],
                             "NDCG@10": validation["NDCG@10"], "seconds": seconds})
-            save_run(folder, run, data, validation)
+            save_state(folder, state, validation)
             mark = "*" if best_epoch(history) == epoch else " "
             print(f"epoch {epoch:3d}  loss {loss:.4f}  validation {BEST} {validation[BEST]:.4f} "
                   f"{mark}  {seconds:.1f} s", flush=True)         # what is printed is saved
-            if stop.is_set():
-                raise KeyboardInterrupt
-    return run
+    return state
 
 
-def train_epoch(run, rows, pool, stop):
-    """One more epoch: a step of AdamW for each batch of windows, in random order -> mean loss."""
-    config, params, opt = run["config"], run["params"], run["opt"]
-    epoch, begin, losses = len(run["history"]) + 1, time.perf_counter(), []
+def train_epoch(state, rows, pool):
+    """One more epoch, in place: a step of AdamW for each batch of windows, in random order
+    -> mean loss. Raises DataError where the loss or a weight is not finite."""
+    config, params, opt = state["config"], state["params"], state["opt"]
+    epoch, begin, losses = len(state["history"]) + 1, time.perf_counter(), []
     n_batches = math.ceil((len(rows.windows) - 1) / config["batch_size"])
-    n_steps = config["epochs"] * n_batches         # of the whole training
     rng = np.random.default_rng([config["seed"], epoch])          # for the order of the windows
     for batch in batches(rows, config["batch_size"], rng):
-        lr = learning_rate(config, opt["step"] / n_steps)
-        losses.append(train_step(pool, params, opt, batch, config, lr))
+        loss, grads = gradients(pool, params, batch, config, opt["step"])
+        lrurec.clip_gradients(grads, MAX_NORM)
+        lrurec.adamw_update(params, grads, opt, config["lr"], config["weight_decay"])
         if config["average"]:
-            move_mean(run["model"], params, opt["step"], config["average"])
-        seconds = (n_steps - opt["step"]) * (time.perf_counter() - begin) / len(losses)
-        progress(f"epoch {epoch}/{config['epochs']}  batch {len(losses)}/{n_batches}  "
-                 f"at most {seconds:.0f} s to go")
-        if stop.is_set():
-            raise KeyboardInterrupt
+            move_mean(state["model"], params, opt["step"], config["average"])
+        losses.append(loss)
+        progress(f"epoch {epoch}/{config['epochs']}  batch {len(losses)}/{n_batches}", begin,
+                 len(losses), config["epochs"] * n_batches - opt["step"])
     progress("")
     loss = float(lrurec.to_host(lrurec.xp.stack(losses)).mean())  # waits for the GPU
-    if not (math.isfinite(loss) and finite(params)):
-        raise DataError(f"the loss is not finite in epoch {epoch}: lower --lr")
-    return loss
-
-
-def train_step(pool, params, opt, batch, config, lr):
-    """One step of AdamW, in place -> the batch's mean loss."""
-    loss, grads = gradients(pool, params, batch, config, opt["step"])
-    lrurec.clip_gradients(grads, MAX_NORM)
-    lrurec.adamw_update(params, grads, opt, lr, config["weight_decay"])
+    if not (math.isfinite(loss) and all(lrurec.xp.isfinite(p).all() for p in params.values())):
+        raise DataError(f"the loss or a weight is not finite in epoch {epoch}: lower --lr")
     return loss
 
 
@@ -318,13 +345,6 @@ def shards(items, targets, starts):
     return [(items[a:b], targets[a:b], starts[a:b]) for a, b in zip(cuts, cuts[1:])]
 
 
-def learning_rate(config, done):
-    """done: the share of all steps, from 0 to 1, before this one."""
-    if config["schedule"] == "cosine":
-        return config["lr"] * (0.5 * (1 + math.cos(math.pi * done)))
-    return config["lr"]
-
-
 def move_mean(mean, params, step, decay):
     """mean <- mean + (1 - d)(p - mean), in place; d rises to decay: early weights fade soon."""
     d = min(decay, (1 + step) / (10 + step))
@@ -332,30 +352,28 @@ def move_mean(mean, params, step, decay):
         mean[name] += (1 - d) * (p - mean[name])
 
 
-def prepare_run(data, config, folder, run):
-    """All that fit does before its first epoch -> run, rows. Raises DataError."""
-    if run is None:
-        config = settle(config, {"data": data.name, **data.settings}, data.settings)
-    else:
-        config = settle(config, run["config"], FIXED)
-        if data.digest != run["digest"] or not os.path.exists(os.path.join(folder, "model.npz")):
-            raise DataError(f"{data.name} and {folder} must be the data and the folder of the run")
-    histories(data, "validation")                  # raises where there is nobody to validate on
-    rows = training_rows(data, config["max_len"])
-    if config["batch_size"] is None:
-        n_windows = len(rows.windows) - 1
-        config["batch_size"] = max(1, round(BATCH_EVENTS * n_windows / len(rows.items)))
-    os.makedirs(folder, exist_ok=True)
-    if run is None:
-        rng = np.random.default_rng(config["seed"])
-        params = lrurec.init_params(len(data.item_ids) - 1, config["d_model"],
-                                    n_blocks=config["n_blocks"], max_phase=config["max_phase"],
-                                    rng=rng)
-        model = {name: p.copy() for name, p in params.items()} if config["average"] else params
-        run = {"digest": data.digest, "params": params, "model": model,
-               "opt": lrurec.adamw_init(params), "history": []}
-    run["config"] = config
-    return run, rows
+def usual_batch_size(rows):
+    """As many windows as hold about BATCH_EVENTS events."""
+    n_windows = len(rows.windows) - 1
+    return max(1, round(BATCH_EVENTS * n_windows / len(rows.items)))
+
+
+def new_state(data, config):
+    """The state of a training before its first epoch, a dict:
+        config                      the settings
+        digest, item_ids, titles    those of the data
+        params, opt                 the weights, and the state of AdamW
+        model                       the weights that are validated and saved as the model: with
+                                    config["average"] a running mean of params, else params itself
+        history                     a dict for each epoch so far
+    """
+    rng = np.random.default_rng(config["seed"])
+    params = lrurec.init_params(len(data.item_ids) - 1, config["d_model"],
+                                n_blocks=config["n_blocks"], max_phase=config["max_phase"], rng=rng)
+    model = {name: p.copy() for name, p in params.items()} if config["average"] else params
+    return {"config": config, "digest": data.digest, "item_ids": data.item_ids,
+            "titles": data.titles, "params": params, "opt": lrurec.adamw_init(params),
+            "model": model, "history": []}
 
 
 def best_epoch(history):
@@ -364,119 +382,139 @@ def best_epoch(history):
     return recalls.index(max(recalls)) + 1 if recalls else 0
 
 
-def finite(params):
-    return all(bool(lrurec.xp.isfinite(p).all()) for p in params.values())
+# ---- A run's files: last.npz, model.npz and, at its end, metrics.json
+
+FACTS = ("config", "digest", "item_ids", "titles")                # of a state, in both .npz files
 
 
-# ---- A run's files
-
-def save_run(folder, run, data, validation):
-    """model.npz, if this epoch is the best, then last.npz. Raises OSError."""
-    common = {"config": run["config"], "digest": run["digest"], "epoch": len(run["history"])}
-    if best_epoch(run["history"]) == common["epoch"]:
+def save_state(folder, state, validation=None):
+    """After an epoch: model.npz, where it is the best one, then last.npz. Each takes the place of
+    the old one whole, and a run killed between them repeats the epoch, to the same bits. Raises
+    DataError."""
+    epoch = len(state["history"])
+    facts = {name: state[name] for name in FACTS} | {"epoch": epoch}
+    if best_epoch(state["history"]) == epoch > 0:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, "metrics.json"))       # of the model before
-        lrurec.save(os.path.join(folder, "model.npz"), run["model"], **common,
-                    validation=validation, item_ids=data.item_ids, titles=data.titles)
-    groups = {"": run["params"], "m/": run["opt"]["m"], "v/": run["opt"]["v"]}
-    if run["config"]["average"]:
-        groups["mean/"] = run["model"]
+        with writing(folder, "model.npz") as path:
+            lrurec.save(path, state["model"], **facts, validation=validation)
+    groups = {"": state["params"], "m/": state["opt"]["m"], "v/": state["opt"]["v"]}
+    if state["config"]["average"]:
+        groups["mean/"] = state["model"]
     arrays = {prefix + name: p for prefix, group in groups.items() for name, p in group.items()}
-    lrurec.save(os.path.join(folder, "last.npz"), arrays, **common, step=run["opt"]["step"],
-                history=run["history"])
+    with writing(folder, "last.npz") as path:
+        lrurec.save(path, arrays, **facts, step=state["opt"]["step"], history=state["history"])
+
+
+def save_report(folder, report):
+    """metrics.json. Raises DataError."""
+    with writing(folder, "metrics.json") as path:
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+        os.replace(path + ".part", path)
 
 
 @contextlib.contextmanager
-def reading(path, problem):
-    """Whatever a missing, damaged or harmful file raises in this block becomes a DataError."""
+def writing(folder, name):
+    """Yield the path of a run's file, to be written as NAME.part and put in its place. Where that
+    fails, the part is deleted; DataError names the folder, which a full disk's OSError does not."""
+    path = os.path.join(folder, name)
+    try:
+        yield path
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
+        raise DataError(f"{folder} cannot be written ({error.strerror}): check its permissions and "
+                        f"the free disk space; --resume {folder} continues from the last epoch "
+                        "that was saved") from None
+
+
+@contextlib.contextmanager
+def reading(path, kind, advice):
+    """What a missing, damaged or other file raises in this block becomes a DataError."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} holds {problem} ({type(error).__name__}: {error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: {advice}") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path}: not {kind} ({type(error).__name__}: {error}): {advice}") from None
 
 
-def read_run(folder):
-    """What save_run wrote into last.npz -> run. Raises DataError."""
-    refuse_empty(folder)
+def read_state(folder):
+    """What save_state wrote into last.npz -> state. Raises DataError."""
     path = os.path.join(folder, "last.npz")
-    with reading(path, "no run to resume: start one in a new folder, without --resume"):
+    with reading(path, "the state of a run", "--resume takes the folder of a run"):
         arrays, info = lrurec.load(path)
+        names = [name for name in arrays if "/" not in name]      # of the weights
 
         def group(prefix):
-            return {name: arrays[prefix + name] for name in arrays if "/" not in name}
+            return {name: arrays[prefix + name] for name in names}
 
-        config, params = settle(info["config"]), group("")
-        best_epoch(info["history"])                # raises where the history is none
-        return {"config": config, "digest": info["digest"], "params": params,
-                "model": group("mean/") if config["average"] else params,
-                "opt": {"step": info["step"], "m": group("m/"), "v": group("v/")},
-                "history": info["history"]}
+        params, state = group(""), {name: info[name] for name in (*FACTS, "history")}
+        model = group("mean/") if info["config"]["average"] else params
+        opt = {"step": info["step"], "m": group("m/"), "v": group("v/")}
+        return {**state, "params": params, "model": model, "opt": opt}
 
 
 def read_model(path):
-    """A model.npz of save_run -> params, info: a dict of config, digest, epoch, validation,
-    item_ids and titles. Raises DataError."""
-    def layout(arrays):
-        return {name: (array.shape, array.dtype) for name, array in arrays.items()}
-
-    with reading(path, "no valid model: give a model.npz that `python train.py train` wrote"):
-        params, saved = lrurec.load(path)
-        names = "config", "digest", "epoch", "validation", "item_ids", "titles"
-        info = {name: saved[name] for name in names}
-        info["config"] = settle(info["config"])
-        for name in ("item_ids", "titles"):
-            info[name] = [printable(str(text)) for text in info[name]]
-        E = params["item_embedding"]
-        like = lrurec.init_params(len(E) - 1, E.shape[1], n_blocks=len(lrurec.blocks(params)))
-        if layout(params) != layout(like) or not finite(params):
-            raise ValueError("not the names, shapes and types of a model, or not finite")
-        if not len(E) == len(info["item_ids"]) == len(info["titles"]):
+    """A model.npz of save_state -> params, info: a dict of config (but for threads, which are this
+    machine's), digest, epoch, validation, item_ids and titles. Raises DataError."""
+    if os.path.isdir(path):
+        raise DataError(f"{path} is a folder: give {os.path.join(path, 'model.npz')}")
+    with reading(path, "a model", "give the model.npz of a run"):
+        params, info = lrurec.load(path)
+        if "step" in info:
+            raise ValueError("last.npz is for --resume alone")
+        info["config"] = configure(info["config"], threads=DEFAULTS["threads"])
+        scores = model_scorer(params)([[0]])       # fails where a name or a shape is not a model's
+        if not scores.shape[1] == len(info["item_ids"]) == len(info["titles"]):
             raise ValueError("not as many ids and titles as items")
     return params, info
 
 
-def refuse_empty(folder):
-    """Raises DataError for an empty folder: making it is how a run claims it."""
-    if os.path.isdir(folder) and not os.listdir(folder):
-        raise DataError(f"{folder} is empty: a run was killed there in its first epoch, or one is "
-                        "in its first epoch now; if none is, delete the folder")
-
-
-def new_folder(out, data):
-    """Make a new run's folder: out, or the first free of runs/NAME, runs/NAME-2, ... Only one run
-    can make it, so two never share one. Raises DataError."""
-    name = os.path.basename(data).split(".")[0] or "data"
-    folder, n = out or os.path.join("runs", name), 1
-    while True:
+def new_folder(out, source):
+    """Make a run's folder: out, or the first of runs/NAME, runs/NAME-2, ... that is not there yet.
+    No two trainings share one, even if started together: only one can make it. Raises DataError."""
+    name = os.path.basename(source).split(".")[0] or "data"
+    for n in itertools.count(1):
+        folder = out or os.path.join("runs", name if n == 1 else f"{name}-{n}")
         try:
             os.makedirs(folder)
             return folder
         except FileExistsError:
-            if out:
-                refuse_empty(out)
-                raise DataError(f"{out} exists: choose another --out, or --resume its run")
-        n += 1
-        folder = os.path.join("runs", f"{name}-{n}")
+            refuse_existing(out)
 
 
-def last_folder():
-    """The folder in runs/ that was saved to last. Raises DataError."""
-    saved = glob.glob(os.path.join("runs", "*", "last.npz"))
-    if not saved:
-        raise DataError("no run in runs/ to resume: give the folder of one with --out")
-    return os.path.dirname(max(saved, key=os.path.getmtime))
+def refuse_existing(out):
+    if out and os.path.lexists(out):
+        raise DataError(f"{out} exists: choose another --out, continue its run with --resume "
+                        f"{out}, or delete it")
 
 
 # ---- train, evaluate, compare
 
-def load_data(config, titles=None, digest=None):
-    """The data that config names. Raises DataError where they have another digest than this."""
-    data = load_dataset(config["data"], config["min_count"], config["ties"], config["seed"],
-                        config["columns"], titles, config["title_columns"])
-    if digest not in (None, data.digest):
-        raise DataError(f"{config['data']} has other events than the training had: give its file "
-                        "with --data, or train a new model")
+def load_data(config, trained=None):
+    """The data that config names. trained: the state or the model of a run on them, whose titles
+    are taken; other data are refused. Raises DataError."""
+    source, titles = config["data"], config["titles"]
+    if trained:
+        titles = None
+        if source not in NAMES and not os.path.exists(source):
+            raise DataError(f"{source} is not there any more: say where it is with --data")
+    data = load_dataset(source, config["min_count"], config["ties"], config["seed"],
+                        config["columns"], titles, titles and config["title_columns"],
+                        config["delimiter"])
+    if trained:
+        refuse_other_data(data, trained["digest"])
+        data = data._replace(titles=trained["titles"])
+    histories(data, "validation")                  # raises where there is nobody to evaluate on
     return data
+
+
+def refuse_other_data(data, digest):
+    if data.digest != digest:
+        raise DataError(f"{data.name} has other events than the training had: give its file with "
+                        "--data, or train a new model")
 
 
 def print_table(results):
@@ -491,92 +529,77 @@ def print_table(results):
 
 
 def train_command(args, given):
-    """Train in a new folder, or go on in that of the run to resume."""
+    """Train in a new folder, or continue in that of a run; then test."""
     if args.resume:
-        folder = args.out or last_folder()
-        run = read_run(folder)
-        config = settle(given, run["config"], FIXED)
+        folder = args.resume
+        state = read_state(folder)
+        config = configure(state["config"], **given)
+        data = load_data(config, trained=state)
     else:
-        run, config = None, settle(given)
-        if config["title_columns"] and not config["titles"]:
-            raise DataError("--title-columns goes with --titles")
+        config = configure(**given)
+        refuse_existing(args.out)                  # before the data are read, which may take long
+        data = load_data(config)
         folder = new_folder(args.out, config["data"])
-    last = os.path.join(folder, "last.npz")
-    try:
-        train_and_test(folder, config, run)
-    except (KeyboardInterrupt, BrokenPipeError) as error:
-        what = "output pipe closed" if isinstance(error, BrokenPipeError) else "\ninterrupted"
-        hint = "nothing was saved yet"
-        if os.path.exists(last):
-            hint = ("completed epochs are saved, continue with: python train.py train --resume "
-                    f"--out {shlex.quote(folder.replace(os.sep, '/'))} --device {args.device}")
-        progress("")
-        print(f"{what}; {printable(hint)}", file=sys.stderr)
-        raise
-    finally:
-        if not os.path.exists(last):               # a run that saved nothing leaves nothing
-            shutil.rmtree(folder)
-            with contextlib.suppress(OSError):
-                os.rmdir("runs")                   # if it is empty
-
-
-def train_and_test(folder, config, run):
-    """Train, test beside the baselines, report. run: a state to continue from, or None."""
-    path = os.path.join(folder, "model.npz")
-    if run is None:
-        data = load_data(config, config["titles"])
-    else:                                          # the run's model holds the titles
-        _, info = read_model(path)
-        data = load_data(config, digest=run["digest"])._replace(titles=info["titles"])
     for line in data.report:
-        if not (config["rank_seen"] and "--rank-seen" in line):   # advice that has been taken
-            print(line)
-    print(f"ties by {config['ties']}; run in {printable(folder)}", flush=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)           # fit refuses a loss of inf or nan
-        run = fit(data, config, folder, run)
-    params, info = read_model(path)
-    config, history = run["config"], run["history"]               # with the batch size chosen
+        print(line)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)       # fit refuses inf and nan
+            state = fit(data, config, folder, resume=bool(args.resume))
+        test_model(folder, state, data)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError) as error:         # Ctrl-C costs an epoch at most
+        progress("")
+        if os.path.exists(os.path.join(folder, "last.npz")):
+            why = "output pipe closed" if isinstance(error, BrokenPipeError) else "\ninterrupted"
+            run = shlex.quote(folder.replace(os.sep, "/"))
+            device = " --device gpu" if args.device == "gpu" else ""
+            print(f"{why}; completed epochs are saved, continue with: "
+                  f"python train.py --resume {run}{device}", file=sys.stderr)
+        raise
+
+
+def test_model(folder, state, data):
+    """Test a run's model beside the baselines, write metrics.json, print the table."""
+    params, info = read_model(os.path.join(folder, "model.npz"))
+    config, history = state["config"], state["history"]
     scorers = {**baseline_scorers(data), "LRURec": model_scorer(params)}
-    tests = {name: evaluate(scorer, data, "test", config["max_len"], config["threads"],
-                            config["rank_seen"]) for name, scorer in scorers.items()}
-    report = {"data": {"name": data.name, "users": len(data.user_ids),
-                       "items": len(data.item_ids) - 1, "events": len(data.items),
-                       "digest": data.digest},
-              "config": {**config, "out": folder}, "epoch": info["epoch"],
-              "seconds": sum(epoch["seconds"] for epoch in history), "history": history,
-              "validation": info["validation"], "test": tests["LRURec"],
-              "baselines": {"popularity": tests["popularity"], "markov": tests["Markov"]}}
-    metrics_path = os.path.join(folder, "metrics.json")
-    with open(metrics_path + ".part", "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1)
-    os.replace(metrics_path + ".part", metrics_path)
-    print(f"\ntest, best epoch {info['epoch']}, trained for {report['seconds']:.0f} s")
-    print_table(tests)
+    results = {name: evaluate(scorer, data, "test", config["max_len"], config["threads"],
+                              config["rank_seen"]) for name, scorer in scorers.items()}
+    seconds = sum(epoch["seconds"] for epoch in history)
+    save_report(folder, {
+        "data": {"name": data.name, "users": len(data.user_ids), "items": len(data.item_ids) - 1,
+                 "events": len(data.items), "digest": data.digest},
+        "config": config, "epoch": info["epoch"], "seconds": seconds, "history": history,
+        "validation": info["validation"], "test": results["LRURec"],
+        "baselines": {"popularity": results["popularity"], "markov": results["Markov"]}})
+    print(f"\ntest, best epoch {info['epoch']}, trained for {seconds:.0f} s")
+    print_table(results)
 
 
 def evaluate_command(args, given):
     params, info = read_model(args.model)
-    config = settle(given, info["config"])
-    data, scorer = load_data(config, digest=info["digest"]), model_scorer(params)
+    config = configure(info["config"], **given)
+    data, scorer = load_data(config, trained=info), model_scorer(params)
     print_table({split: evaluate(scorer, data, split, config["max_len"], config["threads"],
                                  config["rank_seen"]) for split in ("validation", "test")})
 
 
 def compare_command(args, given):
     """Validation and test metrics of finished runs, their mean and sample standard deviation."""
-    tables, digests = {"validation": {}, "test": {}}, {}
+    tables, sizes = {"validation": {}, "test": {}}, {}
     for folder in args.folders:
         path = os.path.join(folder, "metrics.json")
-        with reading(path, "no metrics to compare: give the folder of a finished run"):
+        with reading(path, "the metrics of a run", "give the folders of finished runs"):
             with open(path, encoding="utf-8") as file:
                 report = json.load(file)
+            size = "{users:,} users, {items:,} items, {events:,} events".format(**report["data"])
+            sizes[size] = folder
             for split, table in tables.items():
-                table[printable(folder)] = {name: float(report[split][name]) for name in SHOWN}
-            drawn = report["config"]["ties"] == "random"          # each seed's data has its digest
-            digests[report["data"]["events" if drawn else "digest"]] = folder
-    if len(digests) > 1:
-        raise DataError(f"{' and '.join(digests.values())} are runs of different data")
+                table[folder] = {name: report[split][name] for name in SHOWN}
+    if len(sizes) > 1:
+        listed = "; ".join(f"{folder}: {size}" for size, folder in sizes.items())
+        raise DataError(f"these are runs on different data: {listed}")
     for split, table in tables.items():
         values = [list(row.values()) for row in table.values()]
         if len(values) > 1:
@@ -586,7 +609,7 @@ def compare_command(args, given):
         print_table(table)
 
 
-# ---- recommend: for a history, for users of the data, or one event at a time
+# ---- recommend: after a history, for users of the data, or one event at a time
 
 def best_items(scores, seen, n, rank_seen=False):
     """Each user's n best items, without rank_seen those that are not in the history: a list of
@@ -601,161 +624,121 @@ def best_items(scores, seen, n, rank_seen=False):
     return best
 
 
-def words_of(text):
-    return set(re.findall(r"\w+", text.lower()))
+def words(text):
+    return frozenset(re.findall(r"\w+", text.lower()))
 
 
 def item_finder(item_ids, titles):
-    """A function from what was typed to an item: that with this raw id, else the one title that
-    holds all the words, in any order and letter case. Of several, the one that holds nothing else,
-    but for a year "(1972)" at its end. Raises DataError with candidates."""
-    by_id = {raw: v for v, raw in enumerate(item_ids) if raw}
-    lowered = [title.lower() for title in titles]
+    """A function from what was typed to an item: the one with this raw id, else the one with all
+    these words in its title, in any order and letter case; of several, the one without other words
+    but a year "(1972)" at its end. Raises DataError; where there are several, with candidates."""
+    by_id = {raw: v for v, raw in enumerate(item_ids) if v}
+    title_words = [words(title) for title in titles]
 
     def find(text):
-        text = text.strip()
+        text, typed = text.strip(), words(text)
         if text in by_id:
             return by_id[text]
-        words, found = words_of(text), range(1, len(titles))
-        for word in words:
-            found = [v for v in found if word in lowered[v]]
-        if not words or not found:
-            raise DataError(f"no item {text!r}: give an id, or words of a title")
-        whole = [v for v in found if words_of(re.sub(r"\(\d{4}\)$", "", lowered[v])) <= words]
-        if len(whole) == 1:
-            found = whole
+        found = [v for v in range(1, len(titles)) if typed <= title_words[v]]
+        whole = [v for v in found if words(re.sub(r"\(\d{4}\)$", "", titles[v])) <= typed]
+        found = whole or found
+        if not typed or not found:
+            raise DataError(f"no item {text!r}: give an id, or whole words of a title")
         if len(found) > 1:
             listed = "; ".join(f"{titles[v]} [{item_ids[v]}]" for v in found[:8])
-            raise DataError(f"{text!r} matches {len(found)} items: {listed}: give more, or the id")
+            raise DataError(f"{text!r} matches {len(found)} items: {listed}: give more words, or "
+                            "the id in brackets")
         return found[0]
 
     return find
 
 
-def recommend_command(args, given):
-    if args.top < 1:
-        raise DataError(f"--top must be 1 or more (got {args.top})")
-    if bool(args.items) + args.new_user + (args.user is not None) + args.all_users > 1:
-        raise DataError("give one of: titles or ids, --new-user, --user, --all-users")
-    params, info = read_model(args.model)
-    if args.user is not None or args.all_users:
-        recommend_for_users(params, info, args, given)
-    elif given:
-        raise DataError("--data and --columns go with --user or --all-users")
-    elif args.items or args.new_user:
-        find = item_finder(info["item_ids"], info["titles"])
-        history = [find(text) for text in args.items] or [0]
-        scores, rank_seen = model_scorer(params)([history]), info["config"]["rank_seen"]
-        print_best(best_items(scores, [history], args.top, rank_seen)[0], info["titles"])
-    else:
-        answer_lines(params, info, args.top)
-
-
-def print_best(best, titles):
+def print_best(history, scores, info, top):
+    """What was understood, and the best items after it. history: items; scores (1, V+1)."""
+    titles = info["titles"]
+    last = ["..."] * (len(history) > 5) + [titles[v] for v in history[-5:]]
+    print(f"after: {', '.join(last) or 'nothing yet'}")
+    best, = best_items(scores.copy(), [history], top, info["config"]["rank_seen"])
     width = max([len(titles[v]) for v, _ in best], default=0)
     for rank, (v, score) in enumerate(best, 1):
         print(f"{rank:2}  {titles[v]:<{width}} {score:8.3f}")
 
 
+def recommend_command(args, given):
+    if args.top < 1:
+        raise DataError(f"--top must be an integer >= 1 (got {args.top})")
+    if bool(args.items) + (args.user is not None) + args.all_users > 1:
+        raise DataError("give titles or ids, or --user, or --all-users")
+    params, info = read_model(args.model)
+    if args.user is not None or args.all_users:
+        recommend_for_users(params, info, args, given)
+    elif given:
+        raise DataError("--data goes with --user or --all-users")
+    elif args.items:
+        find = item_finder(info["item_ids"], info["titles"])
+        history = [find(text) for text in args.items]
+        print_best(history, model_scorer(params)([history]), info, args.top)
+    else:
+        return recommend_after_lines(params, info, args.top)
+
+
 def recommend_for_users(params, info, args, given):
-    """Print a CSV of the best items of one or all users of the data."""
-    config = settle(given, info["config"])
-    if given:                                      # other data: users with any number of events
-        config["min_count"] = 0
-    data = load_data(config, digest=None if given else info["digest"])
-    users, seen = data.user_ids, known_histories(data, info["item_ids"])
+    """Print a CSV of the best items of one or all users of the training data."""
+    config = configure(info["config"], **given)
+    data = load_data(config, trained=info)
+    users, seen = data.user_ids, full_histories(data)
     if args.user is not None:
         if args.user not in users:
-            raise DataError(f"no user {args.user!r} among those of {data.name} with "
-                            f"{config['min_count']} events or more")
+            raise DataError(f"no user {args.user!r} among those of {data.name} that training kept")
         seen, users = [seen[users.index(args.user)]], [args.user]
     longest = config["max_len"] or len(data.items)
     writer, scorer = csv.writer(sys.stdout, lineterminator="\n"), model_scorer(params)
     writer.writerow(["user", "rank", "item", "title", "score"])
-    for first in range(0, len(users), GROUP):
-        group = seen[first:first + GROUP]
-        scores = scorer([history[-longest:] for history in group])
-        best_of_each = best_items(scores, group, args.top, config["rank_seen"])
-        for user, best in zip(users[first:], best_of_each):
-            for rank, (v, score) in enumerate(best, 1):
-                writer.writerow([user, rank, info["item_ids"][v], info["titles"][v],
-                                 f"{score:.4f}"])
+    begin = time.perf_counter()
+    for n, (user, history) in enumerate(zip(users, seen), 1):
+        scores = scorer([history[-longest:]])
+        best, = best_items(scores, [history], args.top, config["rank_seen"])
+        for rank, (v, score) in enumerate(best, 1):
+            writer.writerow([user, rank, data.item_ids[v], data.titles[v], f"{score:.4f}"])
         if not sys.stdout.isatty():                # there the rows themselves show it
-            progress(f"user {first + len(group):,} of {len(users):,}")
+            progress(f"user {n:,} of {len(users):,}", begin, n, len(users) - n)
     progress("")
 
 
-def known_histories(data, item_ids):
-    """Every user's history in the items of a model with these raw ids, [0] where it knows none.
-    Raises DataError where it knows no item of the data."""
-    known = {raw: v for v, raw in enumerate(item_ids)}            # "" is 0, "nothing", in both
-    items = np.array([known.get(raw, 0) for raw in data.item_ids])
-    n_items, n_unknown = len(items) - 1, np.count_nonzero(items[1:] == 0)
-    if n_unknown == n_items:
-        raise DataError(f"{data.name}: the model knows none of its {n_items:,} items: here the "
-                        f"first id is {data.item_ids[1]!r}, in the model {item_ids[1]!r}")
-    if n_unknown:
-        print(f"{printable(data.name)}: {n_unknown:,} of {n_items:,} items are unknown to the model"
-              " and left out", file=sys.stderr)
-    seen = [items[history] for history in full_histories(data)]
-    return [history[history > 0] if history.any() else np.array([0]) for history in seen]
-
-
-HELP = "type words of a title, or an id; or: undo, reset, help, quit"
-
-
-def typed_lines():
-    """Yield what is typed at a prompt, until quit, the end of input or Ctrl-C. Answers help."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401: input() then edits lines and remembers them
-    text = "help"
-    while text.lower() not in ("quit", "exit"):
-        if text.lower() in ("help", ""):
-            print(HELP)
-        else:
-            yield text
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
-def answer_lines(params, info, top):
-    """An item a line: what to recommend next, by one step of the model, whose cost does not depend
-    on the history. From a pipe each is answered by a line, and an empty line begins a new history;
-    a terminal has commands and a table, and goes on after an unknown item."""
-    titles, find = info["titles"], item_finder(info["item_ids"], info["titles"])
-    on_terminal = sys.stdin.isatty()
-    # a visit: a history, the state after it (K, 1, H), the scores of what comes next (1, V+1)
-    visits = [([], lrurec.init_state(params), model_scorer(params)([[0]]))]
-    for n, line in enumerate(typed_lines() if on_terminal else sys.stdin, 1):
-        begin, text = time.perf_counter(), line.strip()
-        if on_terminal and text.lower() == "undo":
-            visits, done = [visits[0], *visits[1:-1]], "undone"   # the empty one stays
-        elif not text or (on_terminal and text.lower() == "reset"):
-            visits, done = visits[:1], "reset"
-        else:
+def recommend_after_lines(params, info, top):
+    """An item a line, typed or piped in; after each, what to recommend, by one step of the model,
+    whose cost does not depend on the history. An empty line starts again. -> exit code, 2 where a
+    line that was not typed names no item."""
+    find, code = item_finder(info["item_ids"], info["titles"]), 0
+    new_user = [], lrurec.init_state(params), model_scorer(params)([[0]])
+    history, state, scores = new_user
+    print_best(history, scores, info, top)
+    for line in lines_of_input():
+        if line.strip():
             try:
-                item = find(text)
+                item = find(line)
             except DataError as error:
-                if not on_terminal:
-                    raise DataError(f"standard input, line {n}: {error}") from None
-                print(error)
+                print(error, file=sys.stderr)
+                code = 0 if sys.stdin.isatty() else 2
                 continue
-            history, state, _ = visits[-1]
             hidden, state = lrurec.step(params, state, np.array([item]))
-            scores = lrurec.to_host(lrurec.score(params, hidden))
-            visits.append(([*history, item], state, scores))
-            done = f"added {titles[item]}"
-        history, _, scores = visits[-1]
-        best, = best_items(scores.copy(), [history], top, info["config"]["rank_seen"])
-        if on_terminal:
-            microseconds = 1e6 * (time.perf_counter() - begin)
-            print_best(best, titles)
-            print(f"{done}; top {top} updated in {microseconds:.0f} µs")
-        elif text:
-            print("\t".join(titles[v] for v, _ in best), flush=True)
+            history, scores = [*history, item], lrurec.to_host(lrurec.score(params, hidden))
+        else:
+            history, state, scores = new_user
+        print_best(history, scores, info, top)
+    return code
+
+
+def lines_of_input():
+    """Yield what is typed or piped in, until it ends."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        print("type an id or words of a title; an empty line starts again, Ctrl-D ends")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401: input() then edits lines and remembers them
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input(prompt)
 
 
 # ---- inspect
@@ -775,6 +758,7 @@ def disk(lam, radius=10):
 
 def inspect_command(args, given):
     params, _ = read_model(args.model)
+    print("the circle is |lam| = 1; a digit counts the eigenvalues in its place, 9 is 9 or more")
     for k, p in enumerate(lrurec.blocks(params)):
         lam, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
         size, half_life = abs(lam), math.log(2) / np.exp(p["lru.nu_log"])      # |lam| ^ t = 1/2
@@ -799,99 +783,60 @@ def median_ms(work, repeat):
     return 1000 * np.median(times[1:])
 
 
-def products(pool, params, batch):
-    """The matrix products that training on a batch cannot avoid: one forward, two backward each."""
-    def shard_products(part):
-        N = len(part[0])
-        for W in [lrurec.real_view(p) for p in params.values() if p.ndim == 2]:
-            x = lrurec.xp.ones((N, W.shape[1]), W.dtype)
-            for k in range(0, N, lrurec.ROWS_PER_CHUNK):
-                rows = x[k:k + lrurec.ROWS_PER_CHUNK]
-                y = rows @ W.T
-                y @ W, y.T @ rows
+def bench_command(args, given):
+    """Training steps, then single events; the first batches are the published ones."""
+    config, rng = configure(dropout=0.2, **given), np.random.default_rng(0)
+    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {config['threads']} threads, "
+          f"{args.device}; this takes some minutes", flush=True)
 
-    list(pool.map(shard_products, shards(*batch)))
-
-
-def bench_training(data, config, pool, rng):
-    """A training step beside its products; events a second as items and histories grow."""
-    def step_ms(params, batch, repeat):
+    def step_ms(params, batch):
         opt = lrurec.adamw_init(params)
-        return median_ms(lambda: train_step(pool, params, opt, batch, config, 1e-3), repeat)
 
-    params, steps, floors = lrurec.init_params(len(data.item_ids) - 1, rng=rng), [], []
-    for batch in batches(training_rows(data, 200), 128, rng):
-        steps.append(step_ms(params, batch, 5))
-        floors.append(median_ms(lambda: products(pool, params, batch), 5))
-    step, floor = np.median(steps), np.median(floors)
-    print(f"training step, {data.name}, batches of 128 windows of 200, dropout 0.2: {step:.1f} ms; "
-          f"its matrix products alone {floor:.1f} ms; ratio {step / floor:.2f}\n\n"
-          "events a second in training, histories of 20, 200 and 2,000 events")
-    for n_items in (1349, 10000, 100000):
-        params, speeds = lrurec.init_params(n_items, rng=rng), []
-        items = rng.integers(1, n_items + 1, 8000)
-        for length in (20, 200, 2000):
-            batch = items, np.roll(items, -1), np.arange(8000) % length == 0
-            speeds.append(8e6 / step_ms(params, batch, 3))
-        print(f"  {n_items:7,} items" + "".join(f"{speed:10,.0f}" for speed in speeds))
+        def train_step():
+            _, grads = gradients(pool, params, batch, config, opt["step"])
+            lrurec.clip_gradients(grads, MAX_NORM)
+            lrurec.adamw_update(params, grads, opt, config["lr"], config["weight_decay"])
+        return median_ms(train_step, 3)
 
-
-def bench_inference(rng):
-    """One more event by one step, beside the whole history encoded anew."""
     def top(hidden):
         return best_items(lrurec.to_host(lrurec.score(params, hidden)), [[1]], 10)
 
+    with ThreadPoolExecutor(config["threads"]) as pool:
+        data = load_data(config)
+        params = lrurec.init_params(len(data.item_ids) - 1, rng=rng)
+        ms = np.median([step_ms(params, batch)
+                        for batch in batches(training_rows(data, 200), 128, rng)])
+        print(f"training step on {data.name}, batches of 128 windows of 200, dropout 0.2: "
+              f"{ms:.1f} ms\n\nevents a second in training, histories of 200", flush=True)
+        for n_items in (1349, 10000, 100000):
+            params, items = lrurec.init_params(n_items, rng=rng), rng.integers(1, n_items, 8000)
+            ms = step_ms(params, (items, np.roll(items, -1), np.arange(8000) % 200 == 0))
+            print(f"  {n_items:7,} items {8e6 / ms:10,.0f}", flush=True)
     params = lrurec.init_params(1349, rng=rng)
     print("\nµs for an event and the new top 10     by step  by encoding anew")
     for length in (10, 100, 1000, 10000):
         history, starts = rng.integers(1, 1350, length), np.arange(length) == 0
         _, state = lrurec.encode(params, history, starts, return_state=True)
-        step_ms = median_ms(lambda: top(lrurec.step(params, state, history[:1])[0]), 100)
-        encode_ms = median_ms(lambda: top(lrurec.encode(params, history, starts)[-1:]), 20)
-        print(f"  after {length:6} events {1e3 * step_ms:21.0f} {1e3 * encode_ms:17.0f}")
-
-
-def bench_command(args, given):
-    config = settle({**given, "dropout": 0.2})
-    print(f"NumPy {np.__version__}, {os.cpu_count()} cores, {config['threads']} threads, "
-          f"{args.device}")
-    with ThreadPoolExecutor(config["threads"]) as pool:
-        bench_training(load_data(config), config, pool, np.random.default_rng(0))
-    bench_inference(np.random.default_rng(0))
-    with contextlib.suppress(ImportError):         # not on Windows
-        from resource import RUSAGE_SELF, getrusage
-        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-        print(f"\npeak memory {getrusage(RUSAGE_SELF).ru_maxrss / unit:.0f} MB")
+        by_step = median_ms(lambda: top(lrurec.step(params, state, history[:1])[0]), 100)
+        anew = median_ms(lambda: top(lrurec.encode(params, history, starts)[-1:]), 20)
+        print(f"  after {length:6} events {1e3 * by_step:21.0f} {1e3 * anew:17.0f}", flush=True)
 
 
 # ---- The terminal and the command line
 
-def progress(text):
-    """Show text on the line that updates, cut to its width; nothing where stderr is no terminal."""
+def progress(text, begin=0.0, done=0, left=0):
+    """Show text on the line that updates, and how long what is left takes at the pace since begin.
+    Nothing where stderr is no terminal."""
     if sys.stderr.isatty():
+        if done:
+            text += f"  at most {left * (time.perf_counter() - begin) / done:.0f} s to go"
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def ctrl_c_sets_a_flag():
-    """In this block Ctrl-C sets the flag, a threading.Event, and does nothing else to threads and
-    files. Outside the main thread, and where Ctrl-C is ignored, nothing changes."""
-    stop, handler = threading.Event(), signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or handler is not signal.default_int_handler:
-        yield stop
-        return
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):                      # one line, without the usage
-        raise DataError(f"{message} (see {self.prog} --help)")
+        raise DataError(f"{message} (see python {self.prog} --help)")
 
 
 def integer(text):
@@ -899,22 +844,26 @@ def integer(text):
 
 
 def make_parser():
-    """The flags of all commands. argparse converts, check_setting judges."""
+    """The flags of all commands. argparse converts, configure judges."""
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    converters = {int: integer, float: float, str: str}
 
     def command(name, function, text, settings=(), needs_model=False):
         p = commands.add_parser(name, help=text, description=text)
         p.set_defaults(function=function, device="cpu")
         if needs_model:
-            p.add_argument("model", metavar="MODEL.npz", help="a model of a training run")
+            p.add_argument("model", metavar="MODEL.npz", help="the model.npz of a run")
         for setting in settings:
-            default, kind, _, meaning = SETTINGS[setting]
-            how = {"action": "store_true"} if kind is bool else {"type": converters[kind]}
-            if needs_model and setting != "threads":
-                default = "the model's"
+            default, allowed, meaning = SETTINGS[setting]
+            if kind_of(setting) is bool:
+                how = {"action": "store_true"}
+            elif kind_of(setting) is str:
+                how = {"choices": allowed} if allowed is not str else {}
+            else:
+                how = {"type": integer if kind_of(setting) is int else float}
+            if needs_model and setting == "data":
+                default = "the training's"
             p.add_argument(flag(setting), help=f"{meaning} (default: {default})",
                            default=argparse.SUPPRESS, **how)       # only what was typed
         if settings:
@@ -923,25 +872,24 @@ def make_parser():
         return p
 
     p = command("train", train_command, "train a model (the default command)", SETTINGS)
-    p.add_argument("--out", metavar="DIR",
-                   help="new folder of the run (default: runs/NAME, runs/NAME-2, ...)")
-    p.add_argument("--resume", action="store_true",
-                   help="continue the run in --out, or the last in runs/")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--out", metavar="DIR",
+                       help="folder of the new run (default: runs/NAME, runs/NAME-2, ...)")
+    where.add_argument("--resume", metavar="RUN", help="folder of a run to continue")
     command("evaluate", evaluate_command, "print the metrics of a saved model",
-            ["data", "columns", "threads"], needs_model=True)
+            ["data", "threads"], needs_model=True)
     p = command("compare", compare_command, "print the metrics of runs, and their mean")
     p.add_argument("folders", nargs="+", metavar="RUN", help="folder of a finished run")
-    p = command("recommend", recommend_command, "recommend for a history or for users",
-                ["data", "columns"], needs_model=True)
-    p.add_argument("items", nargs="*", metavar="TITLE-OR-ID", help="the history, oldest first; "
-                   "without one an interactive session, or lines from a pipe")
-    p.add_argument("--new-user", action="store_true", help="for a user without a history")
+    p = command("recommend", recommend_command, "recommend after a history, or for users",
+                ["data"], needs_model=True)
+    p.add_argument("items", nargs="*", metavar="TITLE-OR-ID",
+                   help="the history, oldest first; without one, an item a line of input")
     p.add_argument("--user", metavar="ID", help="for this user of the data, as CSV")
     p.add_argument("--all-users", action="store_true", help="for all users of the data, as CSV")
     p.add_argument("--top", type=int, default=10, help="number of recommendations (default: 10)")
-    command("inspect", inspect_command, "print eigenvalues and half-lives", needs_model=True)
-    p = command("bench", bench_command, "time training steps and single events",
-                ["data", "threads"])
+    command("inspect", inspect_command, "draw the eigenvalues, print half-lives", needs_model=True)
+    p = command("bench", bench_command, "time training steps and single events: some minutes",
+                ["threads"])
     p.epilog = "Profile: python -m cProfile -s tottime train.py --threads 1 --epochs 1"
     return parser
 
@@ -955,35 +903,22 @@ def parse_arguments(argv):
     if args.command == "recommend" and not any(word.startswith("-") for word in rest):
         args.items, rest = args.items + rest, []   # those after a flag, before Python 3.12.7
     if rest:
+        parser.prog += f" {args.command}"          # its --help lists the right ones
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, {name: value for name, value in vars(args).items() if name in SETTINGS}
 
 
-# Have glibc keep what a step frees for the next one: otherwise it goes back to the system and is
-# fetched again page by page, which takes 20 % of the time. Elsewhere this does nothing.
-with contextlib.suppress(AttributeError, OSError, TypeError):
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(-3, 2 ** 25)                           # M_MMAP_THRESHOLD: map only arrays above 32 MB
-    mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD: never trim the heap
-    mallopt(-8, 1)                                 # M_ARENA_MAX: one heap for all threads
-
-
 def main(argv=None):
     """Run the program -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    # A stream that the shell closed (>&-) is None; what would go to one output goes to the other
-    sys.stdin = sys.stdin or open(os.devnull)
-    sys.stderr = sys.stderr or sys.stdout or open(os.devnull, "w")
-    sys.stdout = sys.stdout or sys.stderr
-    for stream in (sys.stdin, sys.stdout, sys.stderr):            # text of any alphabet, anywhere
+    for stream in (sys.stdin, sys.stdout, sys.stderr):            # no title ends a run
         if hasattr(stream, "reconfigure"):
-            encoding = None if stream.isatty() else "utf-8"       # a terminal keeps its own
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")
     try:
         args, given = parse_arguments(sys.argv[1:] if argv is None else argv)
         lrurec.use_device(args.device)
-        args.function(args, given)
+        code = args.function(args, given)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except SystemExit:                             # --help
         return 0
     except KeyboardInterrupt:
@@ -993,14 +928,14 @@ def main(argv=None):
     except MemoryError:
         message = "out of memory: lower --d-model, --n-blocks, --batch-size, --max-len or --threads"
     except OSError as error:
-        if error.filename is None:                 # Python would try to print the rest at its end
+        if error.filename is None:                 # the output: Python would write the rest at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):     # a pipe into head, say
             return 2 if args.command == "train" else 0
         message = (f"{error.filename or 'output'}: {error.strerror or error}: check the path, its "
                    "permissions and the free disk space")
     progress("")
-    print("train.py: " + printable(" ".join(message.split())), file=sys.stderr)
+    print(f"train.py: {message}", file=sys.stderr)
     return 2
 
 
