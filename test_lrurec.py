@@ -1,38 +1,35 @@
 # SPDX-License-Identifier: MIT
 """The check of every gradient, the exercises and their grader, then the tests.
 
-    python -m pytest -q                          the tests
-    python test_lrurec.py check                  every gradient of the whole model
     python test_lrurec.py                        the exercises: which are right, what is next
-    python test_lrurec.py start gelu             write gelu.py: fill in the empty body
-    python test_lrurec.py gelu                   print it
+    python test_lrurec.py gelu                   write answers/gelu.py; from then on, grade it
     python test_lrurec.py gelu --hint            what to ask yourself
     python test_lrurec.py gelu --formula         the answer as a formula
-    python test_lrurec.py gelu.py scan.py        grade one file or several
-    python test_lrurec.py train gelu.py scan.py  train a small model with your functions
-    python test_lrurec.py train --anyway gelu.py      with a wrong one too, beside the right one
-    python test_lrurec.py train --ml-100k gelu.py     train on ML-100K with your functions
+    python test_lrurec.py PATH.py                grade any file
+    python test_lrurec.py train gelu scan        a small training, ours and with your functions
+    python test_lrurec.py train --ml-100k gelu   train.py's own training with your functions
+    python test_lrurec.py check                  every gradient of the whole model
     python test_lrurec.py pytorch                agreement and speed beside PyTorch
+    python -m pytest -q                          the tests
 
 Contents
     Numbers to work on
     The check: every gradient of the whole model
-    Two layers as an exercise shows them, and one that is an exercise alone
+    Layers as an exercise shows them
     The grader: what an answer returns beside what is expected
-    Hints: the first wrong tensor beside what usual mistakes give
+    Hints: what the first wrong tensor looks like, and a table of usual mistakes
     What each function is called with
-    What values do not show: errors, Python steps, memory and work
+    Lines and memory of a scan
     The exercises
     Files of answers, and training with them
     For those who know PyTorch
     The commands
     The tests
 
-Offline, and nothing but NumPy and pytest; the commands need NumPy alone. All is in float64, where
+Offline, but for `train --ml-100k` and `pytorch`, which fetch ML-100K once. In float64, where
 nothing else is said.
 """
-import ast
-import builtins
+import argparse
 import contextlib
 import copy
 import csv
@@ -48,8 +45,8 @@ import itertools
 import json
 import math
 import os
-import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -59,7 +56,6 @@ import textwrap
 import time
 import traceback
 import tracemalloc
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,14 +66,10 @@ from unittest.mock import Mock
 import train  # before NumPy: it holds BLAS to one thread
 
 import numpy as np
+import pytest
 
 import data as reader
 import lrurec
-
-try:
-    import pytest
-except ImportError:
-    pytest = Mock()               # the commands work without it; the tests are not run then
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -114,16 +106,21 @@ def relative_error(a, n):
 
 
 def numeric_gradient(loss, z, delta=1e-5):
-    """Central differences of loss() along every entry of z, which is changed in place and put
-    back: along 1, and for a complex z along 1j too. Stored as dL/dRe + i dL/dIm."""
+    """The gradient of loss(z), a real number, with respect to every entry of z. Where z is complex,
+    an entry of the gradient is dL/d(Re z) + i dL/d(Im z). z is left exactly as it was.
+    loss: a function of an array like z; z of any shape, real or complex -> an array like z
+    Derivative: central differences. Each entry moves by itself, and its slope is
+    (loss(z + delta) - loss(z - delta)) / (2 delta). A complex entry moves along 1j too, by
+    delta * 1j; the slope found there, times 1j, is added.
+    """
     grad = np.zeros_like(z)
     for index in np.ndindex(z.shape):
         for direction in (1, 1j) if np.iscomplexobj(z) else (1,):
             old = z[index]
             z[index] = old + delta * direction
-            up = loss()
+            up = loss(z)
             z[index] = old - delta * direction
-            down = loss()
+            down = loss(z)
             z[index] = old
             grad[index] += direction * (up - down) / (2 * delta)
     return grad
@@ -154,17 +151,19 @@ def check_gradients():
     _, grads = loss_and_grads()
     print(f"{'tensor':26} {'shape':8} {'kind':8} relative error")
     for name, p in params.items():
-        error = relative_error(grads[name], numeric_gradient(lambda: loss_and_grads()[0], p))
+        error = relative_error(grads[name], numeric_gradient(lambda _: loss_and_grads()[0], p))
         kind = "complex" if np.iscomplexobj(p) else "real"
         print(f"{name:26} {str(p.shape):8} {kind:8} {error:.0e}")
         numbers += lrurec.real_view(p).size
         largest = np.maximum(largest, error)       # nan, if one of them is
-    print(f"{len(params)} tensors, {numbers} numbers, largest relative error {largest:.0e}")
+    print("Gradients derived by hand were compared with (L(p + 1e-5) - L(p - 1e-5)) / 2e-5, "
+          "number by number:\n"
+          f"{len(params)} tensors, {numbers} numbers, largest relative error {largest:.0e}")
     return largest
 
 
 # ---------------------------------------------------------------------------------------------
-# Two layers as an exercise shows them, without views, and one that is an exercise alone
+# Layers as an exercise shows them: two without real views, and one that is an exercise alone
 
 def complex_product_forward(a, w):
     """z = a w and y = Re z, entry by entry.
@@ -175,7 +174,8 @@ def complex_product_forward(a, w):
 
 
 def complex_product_backward(dz, dy, cache):
-    """dz (M,) complex through z, dy (M,) real through y -> da (M,), dw (M,) complex
+    """dz (M,) complex is the gradient through the output z alone, dy (M,) real the one through the
+    output y alone; both come from a and w. -> da (M,) complex, dw (M,) complex
     Derivative: y = Re z adds dy to the real part of dz: in all dz + dy. Then da = conj(w) (dz + dy)
     and dw = conj(a) (dz + dy).
     """
@@ -185,12 +185,12 @@ def complex_product_backward(dz, dy, cache):
 
 
 def complex_in_plainly(x, B, b):
-    """complex_in_forward without views: out = x B + b; cache = (x, B)"""
+    """complex_in_forward in complex numbers: out = x B + b; cache = (x, B)"""
     return x @ B + b, (x, B)
 
 
 def complex_out_plainly(h, C, b):
-    """complex_out_forward without views: out = Re(h C) + b; cache = (h, C)"""
+    """complex_out_forward in complex numbers: out = Re(h C) + b; cache = (h, C)"""
     return (h @ C).real + b, (h, C)
 
 
@@ -204,7 +204,7 @@ class Wrong(AssertionError):
 class Call(NamedTuple):
     """One call of an answer, and what it should return."""
     arguments: tuple
-    expected: dict                # tensors by name, in the order of the computation
+    expected: dict                # tensors by name, in the order of the computation; {}: ValueError
     outputs: list                 # what is returned, in this order; [] where all is in place
     note: str = ""
     tolerance: float = 1e-6
@@ -250,6 +250,76 @@ def named_arrays(name, arguments):
     return dict(arrays_in(dict(zip(parameters, arguments)), names=CACHES.get(name, ())))
 
 
+def grade(name, function):
+    """Grade an answer: more than one call, with other numbers and shapes each time. Raises Wrong;
+    an error in the answer stays what it is, with a note of what the call was."""
+    with np.errstate(all="ignore"):
+        for call in calls(name):
+            try:
+                if call.expected:
+                    grade_call(name, function, call)
+                else:
+                    grade_refusal(name, function, call)
+            except Wrong:
+                raise
+            except Exception as error:
+                error.add_note(f"(in a call of your {name}{call.note})")
+                raise
+    if name in ("scan", "scan_backward"):
+        grade_lines_and_memory(name, function)
+
+
+def grade_call(name, function, call):
+    """Compare what an answer returns for one call with what is expected. A call with other numbers
+    of the same shapes goes before it, and what that one returned has to stay as it was."""
+    others, arguments = copy.deepcopy(call.arguments), copy.deepcopy(call.arguments)
+    for array in named_arrays(name, others).values():
+        if array.dtype.kind in "fc":
+            array *= 0.7
+    earlier = tensors_of(name, function, others, call)
+    kept = copy.deepcopy(earlier)
+    tensors = tensors_of(name, function, arguments, call)
+    for key, array in kept.items():
+        if isinstance(array, np.ndarray) and array.tobytes() != earlier[key].tobytes():
+            raise Wrong(f"what your {name} returned as {key} was changed by the next call: "
+                        "return new arrays")
+    after, may_change = named_arrays(name, arguments), MAY_CHANGE.get(name, ())
+    for label, array in named_arrays(name, call.arguments).items():
+        if not np.array_equal(after.get(label), array) and not label.startswith(may_change):
+            raise Wrong(f"your {name} changed {label}, which has to stay as it was")
+    compare(name, call, tensors, f"your {name} is wrong{call.note}")
+
+
+def grade_refusal(name, function, call):
+    """An id that is no item's has to raise a ValueError."""
+    try:
+        function(*copy.deepcopy(call.arguments))
+    except ValueError:
+        return
+    raise Wrong(f"your {name} should raise ValueError{call.note}, as as_ids does")
+
+
+def tensors_of(name, function, arguments, call):
+    """Call function -> what it returned by name; of adamw_update, what is in its arrays then."""
+    if call.outputs:
+        return by_name(name, function(*arguments, **copy.deepcopy(call.options)), call)
+    written = adamw_arrays(*arguments[:3])
+    function(*arguments, **call.options)
+    for label, array in adamw_arrays(*arguments[:3]).items():
+        if array is not written[label]:
+            raise Wrong(f"your {name} puts a new array in the place of {label}: write into the "
+                        "one that is there")
+    return {"step": np.array(arguments[2]["step"]), **written}
+
+
+def adamw_arrays(params, grads, opt):
+    """The arrays that adamw_update writes to, by name."""
+    arrays = {}
+    for name, p in params.items():
+        arrays |= {f"m: {name}": opt["m"][name], f"v: {name}": opt["v"][name], name: p}
+    return arrays
+
+
 def by_name(name, result, call):
     """What `name` returned, as a dict of tensors; a dict of gradients counts as its entries."""
     outputs = call.outputs
@@ -270,62 +340,9 @@ def by_name(name, result, call):
     return tensors
 
 
-def adamw_arrays(params, grads, opt):
-    """The arrays that adamw_update writes to, by name."""
-    arrays = {}
-    for name, p in params.items():
-        arrays |= {f"m: {name}": opt["m"][name], f"v: {name}": opt["v"][name], name: p}
-    return arrays
-
-
-def tensors_of(name, function, arguments, call):
-    """Call function -> what it returned by name; of adamw_update, what is in its arrays then."""
-    if call.outputs:
-        return by_name(name, function(*arguments, **copy.deepcopy(call.options)), call)
-    written = adamw_arrays(*arguments[:3])
-    function(*arguments, **call.options)
-    for label, array in adamw_arrays(*arguments[:3]).items():
-        if array is not written[label]:
-            raise Wrong(f"your {name} puts a new array in the place of {label}: write into the "
-                        "one that is there")
-    return {"step": np.array(arguments[2]["step"]), **written}
-
-
-def grade(name, function):
-    """Grade an answer: more than one call, with other numbers and shapes each time. Raises Wrong;
-    returns a remark, or "". """
-    for call in calls(name):
-        tensors = grade_call(name, function, call)
-        kept = copy.deepcopy(tensors)
-        grade_call(name, function, call, " when it is called again with the same numbers: does "
-                                         "it keep something from call to call?")
-        if any(a.tobytes() != kept[key].tobytes() for key, a in tensors.items()):
-            raise Wrong(f"what your {name} returned was changed by the next call: "
-                        "return new arrays")
-    return MORE[name](name, function) if name in MORE else ""
-
-
-def grade_call(name, function, call, again=""):
-    """Grade one call of an answer -> its tensors. Raises Wrong."""
-    arguments, note = copy.deepcopy(call.arguments), call.note + again
-    with np.errstate(all="ignore"):
-        try:
-            tensors = tensors_of(name, function, arguments, call)
-        except Wrong:
-            raise
-        except Exception as error:
-            raise Wrong(f"your {name} raised an error{note}") from error
-        after, may_change = named_arrays(name, arguments), MAY_CHANGE.get(name, ())
-        for label, array in named_arrays(name, call.arguments).items():
-            if not np.array_equal(after.get(label), array) and not label.startswith(may_change):
-                raise Wrong(f"your {name} changed {label}: work on a copy")
-        compare(name, call, tensors, f"your {name} is wrong{note}")
-    return tensors
-
-
 def compare(name, call, given, title):
-    """Raise Wrong, with a table and a hint for the first wrong tensor, where the tensors given are
-    not those that the call expects."""
+    """Raise Wrong, with a table and perhaps a hint, where the tensors given are not those that the
+    call expects."""
     expected = call.expected
     if given.keys() != expected.keys():
         missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
@@ -341,7 +358,8 @@ def compare(name, call, given, title):
         rows.append(f"  and {len(wrong) - 1} more of {len(expected)}, perhaps because of this one")
     elif len(wrong) > 1:
         rows.append(f"  first wrong: {wrong[0]}; the others perhaps because of it")
-    rows.append(f"  hint: {hint(name, call, wrong[0], given)}")
+    if text := hint(name, call, wrong[0], given):
+        rows.append(f"  hint: {text}")
     raise Wrong("\n".join(rows))
 
 
@@ -357,349 +375,310 @@ def table_row(key, a, n, wrong):
 
 
 # ---------------------------------------------------------------------------------------------
-# Hints. What does the first wrong tensor look like? First plain likenesses (transposed, another
-# tensor); then what our function gives where one of its arrays is changed, or one thing in its
-# code. Only a match of all entries counts. No hint is better than a wrong one.
+# Hints. First the form of the first wrong tensor; then what our function gives with a usual mistake
+# in it, or with one of its arrays changed; then plain likenesses. Only a match of all entries
+# counts. Where two different things could be said, nothing is: no hint is better than a wrong one.
 
 def hint(name, call, key, given):
-    """What the tensor `key` of those given looks like."""
+    """What the tensor `key` of those given looks like, or ""."""
     a, n = given[key], call.expected[key]
+    right = {other for other, m in call.expected.items() if same(given[other], m, call.tolerance)}
+    others = {other: m for other, m in call.expected.items() if other not in right | {key}}
+    if text := form(a, n, others):
+        return text
+    for wrong_versions in (usual_mistakes, changed_arrays):
+        of_all, of_first = set(), set()            # sentences that explain all tensors, or this one
+        for sentence, function, arguments in wrong_versions(name, call.arguments):
+            try:
+                tensors = tensors_of(name, function, arguments, call)
+            except Exception:                      # the change makes no sense here
+                continue
+            equal = {other for other, m in tensors.items() if same(given[other], m, call.tolerance)}
+            if len(equal) == len(given):
+                of_all.add(sentence)
+            elif right | {key} <= equal:
+                of_first.add(sentence)
+        if sentences := of_all or of_first:
+            return sentences.pop() if len(sentences) == 1 else ""
+    return likeness(a, n, named_arrays(name, call.arguments), others)
+
+
+def form(a, n, others):
+    """What is wrong with an array before its numbers are, or ""."""
     if type(a) is not np.ndarray:
         return f"it should be an array; it is {'missing' if a is None else 'a ' + type(a).__name__}"
-    if same(a, n, 1e-5):
-        return (f"right to {round(-math.log10(relative_error(a, n)))} digits: an eps, a constant "
-                "with a digit missing, cancellation, or float32?")
-    if a.ndim == n.ndim + 1 and len(a) > 1 and same(a.sum(0), n):
-        return "the sum over the rows is missing"
-    right = {other: m for other, m in call.expected.items() if same(given[other], m)}
-    others = {other: m for other, m in call.expected.items() if other not in (key, *right)}
-    arrays = named_arrays(name, call.arguments)
-    for text, m in likenesses(n, arrays, others):
-        if same(a, m):
-            return text
-    if text := form(a, n):
-        return text
-    for text, tensors in mistakes(name, call):
-        if same(a, tensors[key]) and all(same(tensors[other], m) for other, m in right.items()):
-            return text
-    factor = np.vdot(n, a).real / np.vdot(n, n).real
-    if (n.size > 2 or round(factor, 6).is_integer()) and same(a, (factor * n).astype(n.dtype)):
-        sizes = {size for array in arrays.values() for size in array.shape}
-        by_size = {round(factor, 9), round(1 / factor, 9)} & sizes
-        remark = ": a mean in place of a sum, or a sum in place of a mean?" if by_size else ""
-        return f"it is {factor:.6g} times what it should be{remark}"
-    kind = ("entries", "entries", "rows", "blocks")[n.ndim]
-    wrong = ~np.isclose(a, n, 1e-5).reshape(*n.shape[:1], -1).all(-1)
-    where = f"all {kind}" if wrong.all() else f"{kind} {np.flatnonzero(wrong).tolist()} of {len(n)}"
-    return f"no known pattern; wrong in {where}: check each term of the formula for this tensor"
-
-
-def likenesses(n, arrays, others):
-    """(hint, array) pairs: what a tensor that should be n can be taken for."""
-    for other, m in others.items():
-        yield f"the order: this is {other}", m
-    for label, m in arrays.items():
-        yield f"this is {label} itself, unchanged", m
-        if m.shape == n.shape:
-            yield f"{label} is added, and should not be", n + m
-    yield "the sign is flipped", -n
-    yield "it is transposed", n.T
-    yield "a missing conjugate: this is the conjugate of the gradient", n.conj()
-    yield "a missing conjugate, and the sign is flipped", -n.conj()
-    if n.ndim and len(n) > 3:
-        yield "its rows are in reverse order", n[::-1]
-        yield "its rows are one too far down", np.roll(n, 1, 0)
-        yield "its rows are one too far up", np.roll(n, -1, 0)
-
-
-def form(a, n):
-    """What is wrong with an array before its numbers are, or ""."""
     if np.iscomplexobj(a) and same(np.array(a.real), n):
         return "it should be real: its real part is right, the imaginary part has to go"
     if a.shape != n.shape:
-        return f"its shape is {a.shape}; it should be {n.shape}"
+        text = f"its shape is {a.shape}; it should be {n.shape}"
+        if a.ndim == n.ndim + 1 and len(a) > 1 and same(a.sum(0), n):
+            return text + ": the sum over the rows is missing"
+        same_as = [f": yours is {other}" for other, m in others.items() if same(a, m)]
+        return text + "".join(same_as)
     if a.dtype != n.dtype:
         return f"its dtype is {a.dtype}; it should be {n.dtype}"
-    if not np.isfinite(a).all():
-        return "it is not finite: nan or inf"
     if n.dtype.kind == "i":
         return f"it is {a}, and should be {n}: count it up in place"
+    if not np.isfinite(a).all():
+        return "it is not finite: nan or inf"
     return "" if a.any() else "it is all zeros"
 
 
-def mistakes(name, call):
-    """(hint, tensors by name) pairs: what usual mistakes give."""
-    for text, function, arguments in wrong_versions(name, call.arguments):
-        with warnings.catch_warnings(action="ignore"):
-            try:
-                tensors = tensors_of(name, function, arguments, call)
-                tensors = {key: np.asarray(tensors[key]) for key in call.expected}
-            except Exception:
-                continue                           # the change makes no sense
-        yield text, tensors
+def code(function):
+    """The source of a function without its docstring."""
+    return "".join(inspect.getsource(function).split('"""')[::2])
 
 
-def wrong_versions(name, arguments):
-    """(hint, function, arguments): ours with one array changed, then with its code changed."""
-    arrays = named_arrays(name, arguments)
-    for kinds, text, change in ARRAY_CHANGES:
-        for label, array in arrays.items():
-            if array.dtype.kind in kinds and not label.startswith(("params", "grads", "opt")) and (
-                    "][" not in label):            # of a layer inside
+def source_of(name):
+    """Our function of that name as MISTAKES edits it: of loss_and_grads, with its helper."""
+    helpers = [lrurec.output_loss] if name == "loss_and_grads" else []
+    return "\n\n".join(map(code, [*helpers, ours(name)]))
+
+
+def mistaken(name, piece, replacement):
+    """Our function of that name, with one piece of its source replaced."""
+    namespace = dict(vars(lrurec))
+    exec(source_of(name).replace(piece, replacement), namespace)
+    return namespace[name]
+
+
+def usual_mistakes(name, arguments):
+    """(sentence, function, arguments): our function with each of its MISTAKES."""
+    for sentence, piece, replacement in MISTAKES.get(name, []):
+        yield sentence, mistaken(name, piece, replacement), copy.deepcopy(arguments)
+
+
+def changed_arrays(name, arguments):
+    """(sentence, function, arguments): our function with one of its arrays changed."""
+    for label, array in named_arrays(name, arguments).items():
+        if label.startswith(("params", "grads", "opt")) or "][" in label:     # of a layer inside
+            continue
+        for kinds, sentence, change in ARRAY_CHANGES:
+            if array.dtype.kind in kinds:
                 others = copy.deepcopy(arguments)
                 named_arrays(name, others)[label][...] = change(array)
-                yield text.format(label), ours(name), others
-    for text, function in code_changes(name):
-        yield text, function, copy.deepcopy(arguments)
+                yield sentence.format(label), ours(name), others
 
 
-ARRAY_CHANGES = [  # kinds of arrays (f and c: numbers, b: starts), hint, what they become
-    ("fc", "the factor {} is missing: 1 in its place gives your numbers", np.ones_like),
-    ("c", "only the real part of {} is used: its imaginary part counts too", np.real),
-    ("fc", "1 - {0} in place of {0}", lambda z: 1 - z),
-    ("b", "the walls are ignored", np.zeros_like),
-    ("b", "the walls are shifted by a row", lambda starts: np.roll(starts, 1)),
-    ("b", "the walls are shifted by a row", lambda starts: np.roll(starts, -1))]
+ARRAY_CHANGES = [  # kinds of arrays (f and c: numbers, b: starts), what is said, what they become
+    ("fc", "missing: {}; 1 in its place gives your numbers", np.ones_like),
+    ("c", "missing or too many: a conjugate at {}", np.conj),
+    ("c", "missing: the imaginary part of {}; it counts too", np.real),
+    ("b", "missing: the walls; without them come your numbers", np.zeros_like),
+    ("b", "your walls stand one row too far down",
+     functools.partial(np.roll, shift=1)),
+    ("b", "your walls stand one row too far up", functools.partial(np.roll, shift=-1))]
 
 
-# Some of our functions as learners write them, so that mistakes made there are found too
-
-def gelu_by_tanh(dout, cache):
-    x, s = cache
-    t = 2 * s - 1
-    slope = (1 - t ** 2) * (lrurec.GELU_C + 3 * lrurec.GELU_C * lrurec.GELU_A * x ** 2)
-    return dout * (s + 0.5 * x * slope)
-
-
-def complex_in_by_conjugates(dout, cache):
-    x, B = cache
-    return (dout @ B.conj().T).real, x.T @ dout, dout.sum(0)
-
-
-def layer_norm_in_stages(dout, cache):
-    xhat, rstd, scale = cache
-    D, centered, dxhat = xhat.shape[1], xhat / rstd, scale * dout
-    dvar = (dxhat * centered).sum(1, keepdims=True) * (-0.5 * rstd ** 3)
-    dmean = -(dxhat * rstd).sum(1, keepdims=True)
-    dx = dxhat * rstd + dvar * 2 * centered / D + dmean / D
-    return dx, (dout * xhat).sum(0), dout.sum(0)
+def likeness(a, n, arrays, others):
+    """What a tensor that should be n can be taken for, or ""."""
+    for other, m in others.items():
+        if same(a, m):
+            return f"the order: yours is {other}"
+    for label, m in arrays.items():
+        if same(a, m):
+            return f"yours is {label} itself, unchanged"
+    for text, m in (("is transposed", n.T), ("is the conjugate of what it should be", n.conj()),
+                    ("has its rows in reverse order", n[::-1] if n.ndim else n)):
+        if same(a, m):
+            return f"yours {text}"
+    if same(a, n, 1e-5):
+        digits = round(-math.log10(relative_error(a, n)))
+        return f"right to {digits} digits: a rounded constant, another eps, cancellation, float32?"
+    factor = np.vdot(n, a) / np.vdot(n, n)
+    if n.size > 2 and same(a, factor * n):
+        return f"yours is {np.real_if_close(factor, 1e9):.4g} times what it should be"
+    return ""
 
 
-def adamw_with_corrected(params, grads, opt, lr, weight_decay, betas, eps):
-    opt["step"] += 1
-    beta1, beta2 = betas
+# What is said, a piece of our source, what stands in its place: what people get wrong here, as a
+# teacher would name it. A sentence says what is right, or begins "missing:" or "too many:". It is
+# said where our function with that edit gives the learner's numbers. A test asks that each piece
+# occurs once, and that each edited function is refused with its own sentence.
 
-    def corrected(mean, beta):
-        return mean / (1 - beta ** opt["step"])
-
-    for name in params:
-        p, g = lrurec.real_view(params[name]), lrurec.real_view(grads[name])
-        m, v = opt["m"][name], opt["v"][name]
-        m[:] = beta1 * m + (1 - beta1) * g
-        v[:] = beta2 * v + (1 - beta2) * g ** 2
-        if name.endswith(lrurec.DECAYED):
-            p *= 1 - lr * weight_decay
-        p -= lr * corrected(m, beta1) / (np.sqrt(corrected(v, beta2)) + eps)
-
-
-def scan_by_pairs(lam, u, starts):
-    if len(u) == 1:
-        return u.copy()
-    h, products = u.copy(), lam * u[:-1:2]
-    products[starts[1::2]] = 0
-    h[1::2] = scan_by_pairs(lam ** 2, products + u[1::2], starts[:-1:2] | starts[1::2])
-    products = lam * h[1:-1:2]
-    products[starts[2::2]] = 0
-    h[2::2] += products
-    return h
-
-
-def scan_by_doubling(lam, u, starts):
-    h, wall, power, d = u.copy(), starts | (np.arange(len(u)) == 0), lam, 1
-    for _ in range(int(len(u) - 1).bit_length()):
-        from_left = power * h[:-d]
-        from_left[wall[d:]] = 0
-        h[d:] += from_left
-        wall = np.concatenate([wall[:d], wall[d:] | wall[:-d]])
-        power, d = power * power, 2 * d
-    return h
-
-
-def scan_backward_by_roll(dh, lam, h, starts):
-    g = lrurec.scan(lam.conj(), dh[::-1], np.roll(starts[::-1], 1))[::-1].copy()
-    before = np.roll(h, 1, 0)
-    before[starts] = 0
-    before[0] = 0
-    return (before.conj() * g).sum(0), g
-
-
-AS_WRITTEN = {
-    "gelu_backward": [gelu_by_tanh], "layer_norm_backward": [layer_norm_in_stages],
-    "complex_in_backward": [complex_in_by_conjugates], "scan": [scan_by_pairs, scan_by_doubling],
-    "scan_backward": [scan_backward_by_roll], "adamw_update": [adamw_with_corrected]}
-
-
-@functools.cache
-def code_changes(name):
-    """(hint, function): our functions of that name, each with one part of its code changed."""
-    exercise = next(exercise for exercise, (_, asked) in EXERCISES.items() if name in asked)
-    known, found = words(exercise_text(exercise)), ([], [])  # likely changes, then others
-    for function in [ours(name), *AS_WRITTEN.get(name, [])]:
-        tree = ast.parse(inspect.getsource(function))
-        if ast.get_docstring(tree.body[0]):
-            del tree.body[0].body[0]
-        lines = ast.unparse(tree).splitlines()     # each statement stands in one line now
-        nodes = list(ast.walk(ast.parse("\n".join(lines))))
-        quantities = {ast.unparse(node) for node in nodes if is_quantity(node)}
-        in_index = {part for node in nodes for index in indices(node) for part in ast.walk(index)}
-        in_text = {part for node in nodes if isinstance(node, ast.JoinedStr)
-                   for part in ast.walk(node)}     # a name of a gradient: no formula
-        for node in nodes:
-            if not isinstance(node, (ast.expr, ast.stmt)) or node.lineno != node.end_lineno:
-                continue
-            if node in in_text:
-                continue
-            line = lines[node.lineno - 1]
-            before, after = line[:node.col_offset], line[node.end_col_offset:]
-            for rank, text, code in changes(node, quantities, known, node in in_index):
-                lines[node.lineno - 1] = before + code + after
-                namespace = {**globals(), **vars(lrurec)}
-                exec("\n".join(lines), namespace)
-                found[rank].append((text, namespace[function.__name__]))
-            lines[node.lineno - 1] = line
-    return found[0] + found[1]
-
-
-def indices(node):
-    """The parts of our code that count rows: n - 1 in h[n - 1], u in len(u)."""
-    match node:
-        case ast.Subscript(_, index):
-            return [index]
-        case ast.Call(ast.Name("range" | "len"), counts):
-            return counts
-        case ast.Attribute(array, "shape"):
-            return [array]
-    return []
-
-
-def is_quantity(node):
-    """A name that is read, or an entry like cache["u"]."""
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-        return isinstance(node.slice.value, str) and isinstance(node.ctx, ast.Load)
-    return (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not any(
-        node.id in namespace for namespace in (vars(lrurec), globals(), vars(builtins))))
-
-
-def changes(node, quantities, known, in_index):
-    """(0 if likely, else 1; hint; code in its place) for a part of our code. known: the words that
-    a learner has seen, and so the quantities that a hint may name."""
-    near = nearby(node, known)
-    for text, code in likely_changes(node, in_index):
-        yield 0, text + near, code
-    if is_quantity(node) and not in_index:
-        code = ast.unparse(node)
-        yield 1, "a conjugate too many" + near, f"{code}.conj()"
-        yield 1, "a factor too many" + near, f"({code} * {code})"
-        for other in sorted(quantities - {code}):
-            this, that = (name if words(name) <= known else "something else"
-                          for name in (other, code))
-            yield 1, f"{this} stands in place of {that}".replace("'", '"'), other
-
-
-def nearby(node, known):
-    """" (near x, s)": the quantities in a part of our code."""
-    names = []
-    for part in ast.walk(node):                    # cache["u"] comes before the cache in it
-        name = ast.unparse(part) if is_quantity(part) else ""
-        if name and words(name) <= known and not any(
-                seen == name or seen.startswith(name + "[") for seen in names):
-            names.append(name)
-    return f" (near {', '.join(names[:3])})".replace("'", '"') if names else ""
-
-
-def words(text):
-    return set(re.findall(r"\w+", text))
-
-
-OPERANDS = {  # what an operator's operand is called
-    ast.Add: "term", ast.Sub: "term", ast.Mult: "factor", ast.MatMult: "factor",
-    ast.Div: "divisor", ast.Pow: "power", ast.BitOr: "wall"}
-SIGNS = {ast.Add: "-", ast.Sub: "+"}                     # the other one
-
-
-def likely_changes(node, in_index):
-    """(hint, code in its place) for a part of our code, by what kind of part it is."""
-    match node:
-        case ast.BinOp(left, ast.Add() | ast.Sub(), ast.Constant()) if in_index:
-            yield "an index, or an end of a range, is off by one", code_of(left)
-        case ast.BinOp(left, op, right) if type(op) in OPERANDS:
-            what, a, b = OPERANDS[type(op)], code_of(left), code_of(right)
-            yield f"a {what} is missing", a
-            if not isinstance(op, (ast.Div, ast.Pow)):
-                yield f"a {what} is missing", f"(-{b})" if isinstance(op, ast.Sub) else b
-            if type(op) in SIGNS:
-                yield "the sign of a term is wrong", f"({a} {SIGNS[type(op)]} {b})"
-            if isinstance(op, ast.Pow):
-                yield "the power is one too low", f"({a} ** ({b} - 1))"
-            if isinstance(op, ast.BitOr):
-                yield "'and' in place of 'or' between the walls", f"({a} & {b})"
-            if isinstance(op, ast.Add) and isinstance(left, ast.Call) and len(left.args) == 1:
-                yield "a term belongs outside the function, not inside", (
-                    f"{ast.unparse(left.func)}({ast.unparse(left.args[0])} + {b})")
-        case ast.AugAssign(_, _, ast.Constant()):
-            yield "it is counted up too late, or not at all", "pass"
-        case ast.AugAssign(target, op, value):
-            target, value = ast.unparse(target), ast.unparse(value)
-            yield f"a {OPERANDS[type(op)]} is missing", "pass"
-            if type(op) in SIGNS:
-                yield "a term is missing: perhaps = in place of +=", f"{target} = {value}"
-                yield "the sign of a term is wrong", f"{target} {SIGNS[type(op)]}= {value}"
-        case ast.Assign([ast.Subscript()], ast.Constant(0)):
-            yield "rows are not set to 0: behind walls, or the first one", "pass"
-        case ast.UnaryOp(ast.USub() | ast.Invert(), value):
-            yield "a minus sign or a 'not' is missing", code_of(value)
-        case ast.Call(ast.Attribute(value, "conj")):
-            yield "a conjugate is missing", code_of(value)
-        case ast.Call(ast.Attribute(_, "at"), [array, rows, value]):
-            yield "rows that occur twice are added once: see np.add.at", (
-                f"{ast.unparse(array)}[{ast.unparse(rows)}] += {ast.unparse(value)}")
-        case ast.Call(ast.Attribute(_, "endswith")):
-            yield "a condition is missing: it holds for some names alone", "True"
-        case ast.Call(ast.Name("row_mean"), [value]):
-            yield "a sum in place of a mean", f"{code_of(value)}.sum(1, keepdims=True)"
-            yield "a step on the way is left out", code_of(value)
-        case ast.Call(_, [first, *_]):
-            yield "a step on the way is left out", code_of(first)
-            yield "a step on the way is left out", f"({ast.unparse(first)}, None)"    # a forward
-        case ast.Attribute(value, "sum"):
-            yield "a mean in place of a sum", f"{code_of(value)}.mean"
-        case ast.Attribute(value, "real"):
-            yield "the imaginary part in place of the real part", f"{code_of(value)}.imag"
-            yield "the absolute value in place of the real part", f"abs{code_of(value)}"
-        case ast.Attribute(value, "imag"):
-            yield "the real part in place of the imaginary part", f"{code_of(value)}.real"
-        case ast.Attribute(value, "T"):
-            yield "a transpose is missing", code_of(value)
-        case ast.IfExp(_, body, orelse):
-            yield "a condition is missing", code_of(body)
-            yield "a condition is missing", code_of(orelse)
-        case ast.Constant(int() as number) if in_index:
-            for other in (number + 1, number - 1):
-                yield "an index, or an end of a range, is off by one", f"({other})"
-        case ast.Constant(int() | float() | complex() as number):
-            for other in (number + 1, number - 1, 2 * number, number / 2, -number):
-                yield "a number is wrong", f"({other!r})"
-        case ast.Subscript(ast.Attribute(_, "shape")):
-            yield "a division by a size is missing: a sum in place of a mean", "1"
-
-
-def code_of(node):
-    return f"({ast.unparse(node)})"
+MISTAKES = {
+"numeric_gradient": [
+    ("a complex entry can move along 1 and along 1j", "(1, 1j) if", "(1,) if"),
+    ("the slope along 1j is the gradient's imaginary part: times 1j", "direction * (up", "(up"),
+    ("too many: a conjugate; the slope along 1j counts times +1j",
+     "direction * (up", "np.conj(direction) * (up"),
+    ("the two points are 2 delta apart: divide by that", "(2 * delta)", "delta"),
+    ("the two points are z + delta and z - delta, one on each side",
+     "- down) / (2 * delta)", "- loss(z)) / delta")],
+"linear_backward": [
+    ("dW is a sum over the rows, not a mean", "x.T @ dout", "x.T @ dout / len(x)"),
+    ("db is a sum over the rows, not a mean", "dout.sum(0)", "dout.mean(0)")],
+"dropout_backward": [
+    ("what was kept was multiplied by 1/(1 - p); mask holds that",
+     "dout * mask", "dout * (mask > 0)"),
+    ("mask is 0 where x was dropped: the slope is mask, not 1 - mask",
+     "dout * mask", "dout * (1 - mask)")],
+"gelu_backward": [
+    ("the product rule: x reaches out through s too", "s * (1 + x * r * (1 - s))", "s"),
+    ("the product rule: x reaches out directly too, with slope s",
+     "s * (1 + x * r * (1 - s))", "s * x * r * (1 - s)"),
+    ("y has a slope of its own: c (1 + 3 a x^2)", "r = 2 * GELU_C + 6 *", "r = 2 + 0 *"),
+    ("the slope of x^3 is 3 x^2", "6 * GELU_C", "2 * GELU_C"),
+    ("s is the sigmoid of 2 y: that 2 belongs to its slope", "2 * GELU_C + 6", "GELU_C + 3"),
+    ("s = (1 + tanh(y)) / 2: that 1/2 belongs to its slope", "2 * GELU_C + 6", "4 * GELU_C + 12"),
+    ("tanh(y) is 2 s - 1, not s: its slope is 1 - (2 s - 1)^2",
+     "s * (1 + x * r * (1 - s))", "s + x * r / 4 * (1 - s * s)")],
+"layer_norm_backward": [
+    ("x reaches out through the row's mean too", "dxhat - row_mean(dxhat)", "dxhat.copy()"),
+    ("x reaches out through rstd too", "dx -= xhat *", "xhat *"),
+    ("x reaches out through the row's mean and through rstd too",
+     "dx = dxhat - row_mean(dxhat)", "return rstd * dxhat, (dout * xhat).sum(0), dout.sum(0)"),
+    ("the means are taken within each row, not over the rows",
+     "= cache", "= cache; row_mean = lambda z: z.mean(0)"),
+    ("an entry moves rstd by its own xhat: xhat stands before the last mean",
+     "xhat * row_mean", "row_mean"),
+    ("rstd moves by each entry's xhat: the last mean is one of dxhat * xhat",
+     "(dxhat * xhat)", "(dxhat)"),
+    ("where xhat grows, rstd falls: the last term is subtracted", "dx -= xhat", "dx += xhat"),
+    ("rstd = var^(-1/2) has the slope -1/2 var^(-3/2): rstd^3",
+     "dx -= xhat *", "dx -= xhat / rstd *"),
+    ("scale comes first: the means are of dxhat = scale * dout", "scale * dout", "dout")],
+"cross_entropy_backward": [
+    ("missing: the target's own logit, -1 in its column", "-= dloss * weights", "-= 0"),
+    ("softmax stands in all columns: all logits are in the sum",
+     "weights / sums)[:, None]", "weights / sums)[:, None] * xp.eye(len(dlogits[0]))[targets]"),
+    ("the weight belongs to the softmax too", "dloss * weights / sums", "dloss / sums"),
+    ("the loss subtracts the target's logit: -1 in its column",
+     "-= dloss * weights", "+= dloss * weights"),
+    ("softmax stands in the target's column too: 1 is taken from it",
+     "-= dloss * weights", "= -dloss * weights"),
+    ("[:, targets] are whole columns; one entry in each row is [arange(N), targets]",
+     "xp.arange(len(targets)), targets] -= dloss * weights",
+     ":, targets] -= (dloss * weights)[:, None]"),
+    ("target v is column v: column 0 is a column like any other", "targets]", "targets - 1]")],
+"complex_product_backward": [
+    ("y = Re z reaches the loss too: dy adds to Re dz", "dz + dy", "dz"),
+    ("y is the real part: dy adds to Re dz, not to Im dz", "dz + dy", "dz + 1j * dy"),
+    ("missing: both conjugates; z changes by a c, and L by Re(conj(dz) a c)",
+     "w.conj() * dz, a.conj() * dz", "w * dz, a * dz"),
+    ("w and a are conjugated, not dz",
+     "w.conj() * dz, a.conj() * dz", "w * dz.conj(), a * dz.conj()"),
+    ("too many: a factor 1/2; dL/d(Re z) + i dL/d(Im z) is twice Wirtinger's derivative",
+     "dz = dz + dy", "dz = (dz + dy) / 2")],
+"lam_backward": [
+    ("missing: a conjugate; L changes by Re(conj(dlam) * change of lam)",
+     "dlam.conj() * lam", "dlam * lam"),
+    ("nu = exp(nu_log) changes by nu times the change of nu_log", "-nu * conj", "-conj"),
+    ("theta moves lam by i lam: Re(i z) is -Im z", ".imag", ".real"),
+    ("lam is an exponential: its slope is lam itself", "dlam.conj() * lam", "dlam.conj()")],
+"complex_in_backward": [
+    ("missing: a conjugate; B is conjugated in dx",
+     "(x, real_view(B))", "(x, real_view(B.conj()))"),
+    ("too many: a conjugate; x is real, so dB is x^T dout",
+     "dB.view(B.dtype)", "dB.view(B.dtype).conj()"),
+    ("x moves along the real axis: dx is a real part",
+     "return dx,", "return (dout @ B.conj().T).imag,")],
+"complex_out_backward": [
+    ("missing: a conjugate; C is conjugated in dh", "dh.view(C.dtype)", "dh.view(C.dtype).conj()"),
+    ("missing: a conjugate; h is conjugated in dC", "dW[0::2] - 1j", "dW[0::2] + 1j")],
+"scan_backward_loop": [
+    ("missing: a conjugate; lam is conjugated on the way back", "lam.conj()", "lam"),
+    ("missing: a conjugate; h is conjugated in dlam", "h[n - 1].conj()", "h[n - 1]"),
+    ("dlam pairs g_n with h of the row before", "h[n - 1].conj()", "h[n].conj()"),
+    ("dlam takes g_n, in which later rows count, not dh_n",
+     "1].conj() * g[n]", "1].conj() * dh[n]"),
+    ("what comes back is added to row n - 1's own dh", "] += lam", "] = lam"),
+    ("nothing comes back across a wall", "if not starts[n]", "if True"),
+    ("the wall of starts[n] stands between rows n - 1 and n",
+     "if not starts[n]", "if not starts[n - 1]"),
+    ("g_n needs g_{n+1}: from the last row to the first",
+     "range(len(h) - 1, 0, -1)", "range(1, len(h))")],
+"scan": [
+    ("from an odd row to the next, lam acts twice: lam^2", "complex) ** 2", "complex)"),
+    ("from an odd row to the next, lam acts twice: lam^2, not 2 lam",
+     "complex) ** 2", "complex) * 2"),
+    ("a wall before row 2m+1 keeps u_{2m} from it", "pairs[starts[1::2]] = 0", "pass"),
+    ("a wall before either row is a wall before the pair: its odd row too", "| starts[1::2]", ""),
+    ("a wall before an even row keeps the odd row before it away",
+     "from_odd[starts[2::2]] = 0", "pass"),
+    ("a pair has the input of its odd row too", "pairs += u[1::2]", "pass"),
+    ("an even row has its own input too", "h[2::2] += from_odd", "h[2::2] = from_odd")],
+"scan_backward": [
+    ("missing: a conjugate; lam is conjugated on the way back", "lam.conj()", "lam"),
+    ("missing: a conjugate; h is conjugated in dlam", "h[:-1].conj()", "h[:-1]"),
+    ("dlam takes g_n, in which later rows count, not dh_n", "* g[1:]", "* dh[1:]"),
+    ("dlam pairs g_n with h of the row before", "h[:-1].conj() * g[1:]", "h[1:].conj() * g[1:]"),
+    ("a wall before row n parts h_{n-1} from g_n in dlam too", "products[starts[1:]] = 0", "pass"),
+    ("row 0 has no row before it: g_0 is not in dlam",
+     "products.sum(0)", "products.sum(0) + h[-1].conj() * g[0]"),
+    ("starts[n + 1] parts row n from row n + 1, read backwards too",
+     "xp.roll(starts, -1)", "starts"),
+    ("g_n needs g_{n+1}: from the last row to the first",
+     "dh[::-1], next_starts[::-1])[::-1]", "dh, starts)")],
+"lru_backward": [
+    ("gamma = exp(gamma_log) changes by gamma times the change of gamma_log",
+     '"u"].conj()', '"u"].conj() / cache["gamma"]'),
+    ("missing: a conjugate; dgamma_log is a sum of Re(conj(u) du)", '"u"].conj()', '"u"]'),
+    ("dgamma_log takes du, in which later rows count, not dh", ".conj() * du", ".conj() * dh"),
+    ("gamma multiplies what goes in: dgamma_log takes u, not h", '"u"].conj()', '"h"].conj()'),
+    ("the imaginary parts count too: Re(conj(u) du) has two products",
+     '"u"].conj() * du).real', '"u"].real * du.real)'),
+    ("too many: a conjugate; scan_backward conjugates lam itself", '"lam"],', '"lam"].conj(),'),
+    ("the residual is the block's, not the LRU's", "return dx,", "return dx + dout,")],
+"block_backward": [
+    ("the residual: x also goes round the feed-forward network",
+     '"linear1"])', '"linear1"]); dx = 0'),
+    ("the residual: x also goes round the LRU", "LRU_NAMES, dlru))", "LRU_NAMES, dlru)); dx = 0"),
+    ("round the feed-forward network goes dx of the norm, not dout",
+     '"linear1"])', '"linear1"]); dx = dout.copy()'),
+    ("missing: mask1, the dropout after the LRU", 'cache["mask1"]', "None"),
+    ("missing: mask2, the dropout after GELU", 'cache["mask2"]', "None"),
+    ("missing: mask3, the last dropout", 'cache["mask3"]', "None")],
+"backward": [
+    ("an item that occurs twice gets both rows' dx: see np.add.at",
+     "xp.add.at(dE, items, dx)", "dE[items] += dx"),
+    ("a row of dE is the sum over the rows with that item, not their mean",
+     "items, dx)", "items, dx / xp.bincount(items)[items][:, None])"),
+    ("row 0 of E is a row like any other", "items, dx)", "items, dx); dE[0] = 0"),
+    ("backwards, the last block comes first",
+     "reversed(range(len(block_caches)))", "range(len(block_caches))"),
+    ("block k's gradients are named blocks.k, whatever their order",
+     "blocks.{k}", "blocks.{len(block_caches) - 1 - k}"),
+    ("missing: the dropout of the embedding", "dropout_backward(dx, mask)", "dx"),
+    ("E gets what has come back through the blocks, not dhidden", "items, dx)", "items, dhidden)")],
+"loss_and_grads": [
+    ("a mean over the rows with a target, not over all N",
+     "xp.maximum(weights.sum(), 1)", "len(weights)"),
+    ("a mean over the rows with a target, not a sum", "xp.maximum(weights.sum(), 1)", "1"),
+    ("a row without a target carries no loss", "(targets > 0)", "(targets >= 0)"),
+    ("the loss is a mean, and so are its gradients",
+     "backward(1,", "backward(max(1, (targets > 0).sum()),"),
+    ("missing: the output's share of dE; E is used twice", 'grads["item_embedding"] += dE', "pass"),
+    ("missing: the input's share of dE; E is used twice",
+     'grads["item_embedding"] += dE', 'grads["item_embedding"] = dE'),
+    ("forward wants dropout and rng too", "starts, dropout, rng)\n    loss", "starts)\n    loss")],
+"adamw_update": [
+    ("decay is no part of the gradient: it changes p alone, not m and v",
+     "real_view(grads[name])",
+     "real_view(grads[name]) + weight_decay * real_view(params[name]) * name.endswith(DECAYED)"),
+    ("decay comes before the step", "p -= lr * mhat",
+     "p -= (1 - lr * weight_decay * name.endswith(DECAYED)) * lr * mhat"),
+    ("missing: the decay, 1 - lr weight_decay", "p *= 1 - lr * weight_decay", "pass"),
+    ("only what ends with one of DECAYED decays", "if name.endswith(DECAYED)", "if True"),
+    ("m starts at 0 and is too small: mhat is m / (1 - beta1^t)", "m / (1 - beta1 ** t)", "m"),
+    ("v starts at 0 and is too small: vhat is v / (1 - beta2^t)", "v / (1 - beta2 ** t)", "v"),
+    ("t counts this step too: it is 1 in the first", 't = opt["step"]', 't = opt["step"] - 1'),
+    ("t is the number of steps so far, not always 1", 't = opt["step"]', "t = 1"),
+    ("eps stands outside the root", "xp.sqrt(vhat) + eps", "xp.sqrt(vhat + eps)"),
+    ("a complex entry is two real ones, each with its own g^2, not |g|^2",
+     "g * g", "xp.repeat(abs(grads[name]) ** 2, g.size // grads[name].size, -1)"),
+    ("beta1 belongs to m, beta2 to v", "beta1, beta2 = betas", "beta2, beta1 = betas")],
+"step": [
+    ("the residual: x + y after the LRU", 'x + y, p["lru_norm', 'y, p["lru_norm'),
+    ("the residual: x + y after the feed-forward network", 'x + y, p["ffn_norm', 'y, p["ffn_norm'),
+    ("missing: gamma, in u = gamma * (x B + b_B)", 'xp.exp(p["lru.gamma_log"]) * z', "z"),
+    ("the output comes from the new state", "(new_state[k]", "(state[k]"),
+    ("each block has a state of its own: state[k]", "* state[k]", "* state[0]")]}
 
 
 # ---------------------------------------------------------------------------------------------
-# What each function is called with: two sets of numbers and shapes, or more. What is expected of a
-# gradient are central differences of a random projection of the forward's output
+# What each function is called with: two sets of numbers and shapes, or more. A gradient should be
+# what central differences give, for a random projection of the forward's output as the loss
 
 AGAIN = " with other numbers and shapes (the calls before were right)"
 
@@ -712,7 +691,7 @@ def backward_call(forward, inputs, more=(), note="", outputs=None):
     douts = [np.array((compl if np.iscomplexobj(out) else real)(*np.shape(out), seed=9 + k))
              for k, out in enumerate(outs)]
 
-    def loss():
+    def loss(_):                                   # of inputs that numeric_gradient moves in place
         new, _ = forward()
         new = new if isinstance(new, tuple) else (new,)
         return sum(np.sum(dout.conj() * out).real for dout, out in zip(douts, new))
@@ -879,66 +858,70 @@ def step_calls():
                    f" after {n} events of each of {n_users} users")
 
 
+def cubic_loss(z):
+    w = (compl if np.iscomplexobj(z) else real)(*z.shape, seed=5)
+    return np.sum(w.conj() * z ** 3).real
+
+
+def difference_calls():
+    """Of a cubic, and with a delta of 0.1, central differences differ from all others."""
+    for z, delta in ((compl(3), 0.1), (real(3, 2), 0.1), (compl(2, 2), 1e-5)):
+        kind = "complex" if np.iscomplexobj(z) else "real"
+        yield Call((cubic_loss, z), {"gradient": numeric_gradient(cubic_loss, z.copy(), delta)},
+                   ["gradient"], f" for {kind} z, delta = {delta}, loss = Re(sum of conj(w) z^3)",
+                   options={"delta": delta})
+
+
+def calls_with_unknown_ids(name):
+    """Calls of step or loss_and_grads with an id outside 0..7: each has to raise a ValueError."""
+    params, ones = tiny_params(), np.ones(2, int)
+    for item in (8, -1):
+        ids, note = np.array([1, item]), f" for id {item} of 0..7"
+        if name == "step":
+            yield Call((params, lrurec.init_state(params, 2), ids), {}, [], note)
+        else:
+            yield Call((params, ids, ones, ones > 0), {}, [], note)
+            yield Call((params, ones, ids, ones > 0), {}, [], note)
+
+
 CALLS = {  # of the functions that are not in LAYERS
-    "dropout_backward": dropout_calls, "cross_entropy_backward": cross_entropy_calls,
-    "scan": scan_calls, "scan_backward_loop": scan_backward_calls,
-    "scan_backward": scan_backward_calls, "lru_backward": lru_calls, "block_backward": block_calls,
-    "loss_and_grads": loss_calls, "adamw_update": adamw_calls, "step": step_calls,
-    "backward": model_calls}
+    "numeric_gradient": difference_calls, "dropout_backward": dropout_calls,
+    "cross_entropy_backward": cross_entropy_calls, "scan_backward_loop": scan_backward_calls,
+    "scan": scan_calls, "scan_backward": scan_backward_calls, "lru_backward": lru_calls,
+    "block_backward": block_calls, "backward": model_calls, "loss_and_grads": loss_calls,
+    "adamw_update": adamw_calls, "step": step_calls}
 
 
 @functools.cache
 def calls(name):
-    return list(layer_calls(*LAYERS[name]) if name in LAYERS else CALLS[name]())
+    right_calls = layer_calls(*LAYERS[name]) if name in LAYERS else CALLS[name]()
+    if name in ("loss_and_grads", "step"):
+        return [*right_calls, *calls_with_unknown_ids(name)]
+    return list(right_calls)
 
 
 # ---------------------------------------------------------------------------------------------
-# What values do not show: the error that step promises; Python steps, memory and work of a scan
+# Lines and memory of a scan: what its values do not show
 
-def refuses_unknown_items(name, function):
-    """step and loss_and_grads promise a ValueError."""
-    params, ones = tiny_params(), np.ones(2, int)
-    for item in (8, -1):
-        items = np.array([1, item])
-        if name == "step":
-            wrong_calls = [(params, lrurec.init_state(params, 2), items)]
-        else:
-            wrong_calls = [(params, items, ones, ones > 0), (params, ones, items, ones > 0)]
-        for arguments in wrong_calls:
-            try:
-                function(*arguments)
-            except ValueError:
-                continue
-            except Exception as error:
-                raise Wrong(f"your {name} should raise ValueError for id {item} of 0..7") from error
-            raise Wrong(f"your {name} gives a result for id {item} of 0..7: it should raise "
-                        "ValueError, as as_ids does")
-    return ""
-
-
-def python_steps(function, arguments):
-    """-> in one call of function: Python's line events; the most that one frame has, where a call
-    that it makes counts as one (so a map counts like a loop); how deep calls are nested."""
-    lines, events, depths, old = 0, {}, {}, sys.gettrace()
+def lines_run(function, arguments):
+    """The lines that Python executes in one call."""
+    count, before = 0, sys.gettrace()
 
     def trace(frame, event, _):
-        nonlocal lines
-        lines += event == "line"
-        busy = frame.f_back if event == "call" else frame
-        events[busy] = events.get(busy, 0) + 1
-        depths[frame] = depths.get(frame.f_back, 0) + 1
+        nonlocal count
+        count += event == "line"
         return trace
 
     sys.settrace(trace)
     try:
         function(*arguments)
     finally:
-        sys.settrace(old)
-    return lines, max(events.values()), max(depths.values())
+        sys.settrace(before)
+    return count
 
 
 def peak_memory(function, arguments):
-    """Bytes, in one call of function."""
+    """The most bytes that are in use during one call."""
     tracemalloc.start()
     function(*arguments)
     _, peak = tracemalloc.get_traced_memory()
@@ -946,226 +929,227 @@ def peak_memory(function, arguments):
     return peak
 
 
-def cpu_seconds(function, arguments):
-    begin = time.process_time()                    # what other programs do does not count
-    function(*arguments)
-    return time.process_time() - begin
+def grade_lines_and_memory(name, function):
+    """Refuse a scan that runs too many lines of Python, or holds too much. From 256 rows to 1,024
+    and on to 4,096, log N grows by the same, and again by the same: the second growth beside the
+    first is 1.00 for log N, 2.00 for the square root of N, 4.00 for N."""
+    right_but = f"your {name} gives the right values, but "
 
+    def arguments(N, walls):
+        u, lam, starts = compl(N, 2), lam_of(2), walls & (np.arange(N) % 8 == 0)
+        return (lam, u, starts) if name == "scan" else (u, lam, u, starts)
 
-def scan_arguments(name, N, H, walls=True):
-    """Four times the rows have four times the walls."""
-    u, lam, starts = compl(N, H), lam_of(H), walls & (np.arange(N) % 8 == 0)
-    return (lam, u, starts) if name == "scan" else (u, lam, u, starts)
-
-
-def takes_few_steps_and_little_work(name, function):
-    """Line events grow like log N, or like N in halves that could go at once, as in the paper's
-    recursion; the work grows about like N."""
-    remark, right_but = "", f"your {name} gives the right values, but "
     for walls in (True, False):
         try:
-            few, few_in_a_frame, _ = python_steps(function, scan_arguments(name, 256, 2, walls))
-            many, many_in_a_frame, depth = python_steps(
-                function, scan_arguments(name, 1024, 2, walls))
+            few, some, many = (lines_run(function, arguments(N, walls)) for N in (256, 1024, 4096))
         except RecursionError:
-            raise Wrong(f"{right_but}it calls itself once for each row: growth like N, too deep "
-                        "for Python. The exercise asks for growth like log N") from None
-        if many < 1.9 * few:                       # log N: 1.25, sqrt(N): 2, N: 4
-            continue
-        if many_in_a_frame > 1.9 * few_in_a_frame or depth > 2 * math.log2(1024):
+            raise Wrong(f"{right_but}it calls itself once for each row, which is too deep for "
+                        "Python: the exercise asks for growth like log N") from None
+        if many - some > 1.5 * (some - few):
             raise Wrong(
-                f"{right_but}the lines that Python executes show growth like N: {few} at N = 256, "
-                f"{many} at N = 1,024{' with four times the walls' if walls else ''}. The exercise "
-                "asks for growth like log N: array operations that each halve or double something")
-        remark = ("as in the paper's recursion: the lines that Python runs grow like N, but the "
-                  "halves of a level can go at once on parallel hardware, in about log N rounds")
-    small, large = (peak_memory(function, scan_arguments(name, N, 8)) for N in (128, 512))
-    quadratic = large > 8 * small                  # N: 4, N log N: 5, N^2: 16
-    if not quadratic:                              # memory alone does not show a convolution
-        some, many = (cpu_seconds(function, scan_arguments(name, N, 8, False))
-                      for N in (5_000, 20_000))
-        quadratic = many > 8 * some + 0.05
-    if quadratic:
-        raise Wrong(f"{right_but}its work grows like N^2: N = 20,000 rows would take 400 times as "
-                    "long as 1,000. Does an array hold something for each pair of rows?")
-    return remark
-
-
-MORE = {"step": refuses_unknown_items, "loss_and_grads": refuses_unknown_items,
-        "scan": takes_few_steps_and_little_work,
-        "scan_backward": takes_few_steps_and_little_work}
+                f"{right_but}Python executes {few:,} lines for N = 256, {some:,} for 1,024 and "
+                f"{many:,} for 4,096. The exercise asks for growth like log N, the same from each "
+                "of these to the next: array operations on all rows that halve or double something")
+    h = compl(2048, 2)
+    ratio = peak_memory(function, arguments(len(h), False)) / h.nbytes
+    if ratio > 30:                                 # right ones: up to 14; N x N bits: 64
+        raise Wrong(f"{right_but}at N = 2,048 it needs {ratio:.0f} times the memory of h: does an "
+                    "array hold something for each pair of rows?")
 
 
 # ---------------------------------------------------------------------------------------------
-# The exercises
+# The exercises, easy to hard. A file is built from lrurec.py: signatures, docstrings up to
+# "Derivative:", the forwards, what may be called. A record holds the rest
 
-EXERCISES = {  # easy to hard: name -> minutes, functions to write
-    "linear": (15, ["linear_backward"]), "dropout": (5, ["dropout_backward"]),
-    "gelu": (20, ["gelu_backward"]), "layer_norm": (45, ["layer_norm_backward"]),
-    "cross_entropy": (20, ["cross_entropy_backward"]),
-    "complex_product": (20, ["complex_product_backward"]), "lam": (20, ["lam_backward"]),
-    "complex_linear": (25, ["complex_in_backward", "complex_out_backward"]),
-    "scan": (60, ["scan"]), "scan_backward_loop": (30, ["scan_backward_loop"]),
-    "scan_backward": (30, ["scan_backward"]), "lru": (25, ["lru_backward"]),
-    "block": (25, ["block_backward"]), "loss": (25, ["loss_and_grads"]),
-    "adamw": (25, ["adamw_update"]), "step": (25, ["step"]), "model": (25, ["backward"])}
-NAMES = [name for _, asked in EXERCISES.values() for name in asked]
+GRADIENTS = "the gradients with respect to the forward's inputs"
 
-USUAL_TASK = "the gradients with respect to the forward's inputs"
-TASKS = {  # of the others
-    "scan": "the result of scan_loop in about log N array operations, without an N x N array. "
-            "The grader counts the lines that Python executes: they may grow like log N",
-    "scan_backward_loop": "the gradients of scan_loop, by a loop over the rows",
-    "scan_backward": "the result of scan_backward_loop at the cost of scan",
-    "backward": "the gradients of the parameters, from that of hidden",
-    "loss_and_grads": "the loss of the whole model and its gradients",
-    "adamw_update": "a step of AdamW, all in place: write into the arrays, replace none",
-    "step": "one more event for each user, from the state after the events before"}
-GIVEN = {  # what an exercise shows whole, where it is not the forward of a backward
-    "complex_in_backward": [complex_in_plainly], "complex_out_backward": [complex_out_plainly],
-    "scan": [lrurec.scan_loop], "scan_backward_loop": [lrurec.scan_loop],
-    "scan_backward": [lrurec.scan_loop], "loss_and_grads": [],
-    "adamw_update": [lrurec.adamw_init],
-    "step": [lrurec.forward, lrurec.lru_forward, lrurec.block_forward, lrurec.init_state]}
-MAY_CALL = {  # where it is not what ours calls
-    "complex_in_backward": [], "complex_out_backward": [], "scan_backward_loop": [],
-    "loss_and_grads": ["as_ids", "forward", "backward", "cross_entropy_forward",
-                       "cross_entropy_backward"]}
-NOTES = {  # a word, and what a learner is told where it occurs
-    "": """Sizes: N rows of a batch, V items (ids 1..V; id 0 is "nothing yet"), D model width,
-H complex state width, F feed-forward width, K blocks; M, I and O any width. Rows count from 0.
-dname is the gradient of the loss L with respect to name. xp is NumPy.""",
-    "starts": """Walls: the rows of all users stand one after another, and where starts[n] is True
-the state is zero before row n. A wall always stands before row 0, whatever starts[0] says.""",
-    "complex": """Complex numbers: dz = dL/d(Re z) + i dL/d(Im z) for a complex z; no factor 2.
-So where z changes by a small complex c, L changes by Re(conj(dz) c)."""}
-TOLD = {  # in place of the docstring, or of what it says before "Derivative:"
-    "scan": """The result of scan_loop.
-lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
-    "complex_product_backward": """dz (M,) complex is the gradient through the output z alone,
-dy (M,) real the one through the output y alone; both come from a and w.
--> da (M,) complex, dw (M,) complex""",
-    "cross_entropy_backward": """dloss, a scalar -> dlogits (N, V+1); exps may be overwritten""",
-    "dropout_backward": """dout (N, D), mask (N, D) or None -> dx (N, D)""",
-    "scan_backward_loop": """dh (N, H) is the gradient of h_n through row n's own output alone.
+
+class Exercise(NamedTuple):
+    """What cannot come from lrurec.py."""
+    minutes: int
+    functions: list               # to write
+    question: str                 # --hint: what to ask yourself
+    task: str = GRADIENTS
+    given: list = None            # functions shown whole; None: the forwards of the backwards
+    may_call: list = None         # of lrurec; None: what ours calls
+    told: str = ""                # in place of a docstring that would give the answer away
+    formula: str = ""             # --formula, where no docstring has it behind "Derivative:"
+
+
+EXERCISES = {
+"differences": Exercise(
+    20, ["numeric_gradient"],
+    """What is a slope, if all you can do is to call loss? Move one entry of z by a small delta to
+both sides; np.ndindex(z.shape) goes through all entries. A complex entry can move in two
+directions, along 1 and along 1j: which of the two slopes is the real part of the gradient, and
+what is the other?""",
+    task="the gradient of any loss, by central differences. Nearly all exercises are graded with "
+    "it, so you need to believe nobody. Where you move an entry of z, put back what stood there: "
+    "z + delta - delta is not always z",
+    may_call=[]),
+"linear": Exercise(
+    15, ["linear_backward"],
+    """How does one entry of W reach the loss? W[i, o] touches out[n, o] in every row n, by
+x[n, i]. Write that as a sum over n, and the sum as a matrix product. Shapes then leave one way to
+write it. And b[o]?"""),
+"dropout": Exercise(
+    5, ["dropout_backward"],
+    "Each entry is multiplied by a number that does not depend on x. Which?",
+    told="dout (N, D), mask (N, D) or None -> dx (N, D)"),
+"gelu": Exercise(
+    20, ["gelu_backward"],
+    """out is a product of two things that depend on x: first the product rule. Then ds/dx: what
+is the slope of (1 + tanh(y)) / 2, written with s itself? Last the slope of y."""),
+"layer_norm": Exercise(
+    45, ["layer_norm_backward"],
+    """In how many ways does x[n, d] reach the loss? Directly, through the row's mean, and through
+its rstd. Take dxhat first, the gradient of xhat, as if xhat = (x - mean) * rstd stood alone; then
+ask how mean and rstd move with one entry of x. scale and shift are easy."""),
+"cross_entropy": Exercise(
+    20, ["cross_entropy_backward"],
+    """One row, weight 1: the loss is log of a sum, minus one logit. What is the derivative of
+log(sum_v exp(logit_v)) with respect to one logit? You have met it: softmax. From the cache:
+softmax = exps / sums. Then the target's own logit, the weight, and dloss.""",
+    task="the gradient with respect to logits. exps alone of all inputs may be overwritten",
+    told="dloss, a scalar -> dlogits (N, V+1)"),
+"complex_product": Exercise(
+    20, ["complex_product_backward"],
+    """Let w change by a small complex c. How does z change? Put that into Re(conj(dz) c), and
+bring it to the form Re(conj(something) c): the something is dw. What does y = Re z add to the
+gradient of z, before all this?"""),
+"lam": Exercise(
+    20, ["lam_backward"],
+    """Let nu_log change by a small real e. By what does lam change, as a multiple of lam? Put
+that into Re(conj(dlam) * change), the change of L; what stands before e is the gradient. The same
+for theta_log."""),
+"complex_linear": Exercise(
+    25, ["complex_in_backward", "complex_out_backward"],
+    """In: it is linear_backward with complex numbers in it. Take one entry of B: z = a w was the
+exercise complex_product. Which factor gets a conjugate? What is left of a complex gradient when x
+can change along the real axis alone?
+Out: y = Re(h C), and the gradient of z = h C is dout + 0i. From there on it is z = a w again,
+summed over rows or columns. Which factor gets a conjugate in dh, and which in dC?""",
+    given=[complex_in_plainly, complex_out_plainly], may_call=[],
+    formula="""In: dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout.
+Out: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout."""),
+"scan_backward_loop": Exercise(
+    30, ["scan_backward_loop"],
+    """In which ways does h_n reach the loss? Through row n's own output, which is dh_n, and
+through h_{n+1} = lam h_n + u_{n+1}, unless a wall stands there. Call the whole gradient of h_n g_n.
+In which order of rows can you find it? Then u_n and lam are one product away.""",
+    task="the gradients of scan_loop, by a loop over the rows",
+    given=[lrurec.scan_loop], may_call=[],
+    told="""dh (N, H) is the gradient of h_n through row n's own output alone.
 dh (N, H), lam (H,), h (N, H) of scan_loop, all complex, starts (N,)
 -> dlam (H,) complex, du (N, H) complex""",
-    "scan_backward": """The result of scan_backward_loop: g_n = dh_n + conj(lam) g_{n+1}, without
-the last term where row n + 1 is a wall; du = g; dlam = sum of conj(h_{n-1}) g_n over the rows
+    formula="""g_n = dh_n + conj(lam) g_{n+1}, without the last term where row n + 1 is behind a
+wall; du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall."""),
+"scan": Exercise(
+    120, ["scan"],
+    """Rows 0 and 1, 2 and 3, ... are pairs. Suppose somebody gave you h of all odd rows: how would
+you get the even ones, all at once? And the odd rows alone: what recurrence do they obey, with which
+eigenvalue, which input and which walls? It is the same problem at half the length.""",
+    task="the result of scan_loop in about log N array operations, without an N x N array. The "
+    "grader counts the lines that Python executes: they may grow like log N. A recursion that "
+    "solves its halves one after the other runs as many lines as there are rows, which is not "
+    "enough here. The result has to agree to 1e-12, for |lam| from .3 to .9999",
+    given=[lrurec.scan_loop],
+    told="""The result of scan_loop.
+lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
+    formula=inspect.getdoc(lrurec.scan).partition("\n\n")[2]),
+"scan_backward": Exercise(
+    30, ["scan_backward"],
+    """Write g_n = dh_n + conj(lam) g_{n+1} with m = N - 1 - n for n: which recurrence is it? Where
+does a wall before row n + 1 stand, when the rows are read backwards? dlam is a sum of products that
+needs no loop: which two rows stand in each?""",
+    task="the result of scan_backward_loop at the cost of scan",
+    given=[lrurec.scan_loop],
+    told="""The result of scan_backward_loop: g_n = dh_n + conj(lam) g_{n+1}, without the last
+term where a wall stands before row n + 1; du = g; dlam = sum of conj(h_{n-1}) g_n over the rows
 n >= 1 without a wall.
-dh (N, H), lam (H,), h (N, H) of scan_loop, starts (N,) -> dlam (H,), du (N, H)""",
-    "loss_and_grads": """items (N,) int, targets (N,) int (0: no loss in this row),
-starts (N,) bool, rng a NumPy Generator where dropout > 0 -> loss, grads: a dict like params
+dh (N, H), lam (H,), h (N, H) of scan_loop, starts (N,) -> dlam (H,), du (N, H)"""),
+"lru": Exercise(
+    25, ["lru_backward"],
+    """Bottom to top: out, h, u, z and gamma, lam. Each line of the forward has its backward
+already, but for u = gamma * z. Find du first. gamma_log is real: by what does u change when it
+changes by a small e?"""),
+"block": Exercise(
+    25, ["block_backward"],
+    """Read the forward from its last line to its first; each line has its backward. The one new
+thing: x goes two ways where x + y is formed, through y and directly. What does that mean for its
+gradient?"""),
+"model": Exercise(
+    25, ["backward"],
+    """Bottom to top again: blocks from the last to the first, then norm, dropout, and the rows of
+E. If an item stands in three rows, what is the gradient of its row of E?""",
+    task="the gradients of the parameters, from that of hidden",
+    told="""dhidden (N, D), caches from forward, E (V+1, D) the item embedding
+-> grads, a dict: item_embedding, embedding_norm.scale, embedding_norm.shift and, for NAME in
+BLOCK_NAMES, "blocks.k.NAME". Row 0 of E is a row like any other. Of E itself only shape and
+dtype matter."""),
+"loss": Exercise(
+    25, ["loss_and_grads"],
+    """Three parts: forward; the loss of logits; backward. Between them logits = hidden E^T +
+output_bias is a linear layer: dhidden, and a gradient of E. In how many ways does E reach the loss?
+Which weights of the rows turn the sum into a mean over those with a target?""",
+    task="the loss of the whole model and its gradients",
+    given=[],
+    may_call=["as_ids", "forward", "backward", "cross_entropy_forward", "cross_entropy_backward"],
+    told="""items (N,) int, targets (N,) int (0: no loss in this row), starts (N,) bool, rng a
+NumPy Generator where dropout > 0 -> loss, grads: a dict like params
 hidden = forward(...); logits = hidden E^T + output_bias, E being params["item_embedding"];
 loss is the mean cross-entropy over the rows with a target. If no row has one, loss and all
 gradients are 0. Raises ValueError for an item or a target outside 0..V, as as_ids does.""",
-    "backward": """dhidden (N, D), caches from forward, E (V+1, D) the item embedding
--> grads: item_embedding, embedding_norm.scale, embedding_norm.shift and, for NAME in BLOCK_NAMES,
-"blocks.k.NAME". Row 0 of E is a row like any other. Of E itself only shape and dtype matter.""",
-    "adamw_update": inspect.getdoc(lrurec.adamw_update) + """
+    formula="""weights = (targets > 0) / number of targets; dhidden = dlogits E, doutput_bias =
+sum over rows of dlogits. E is tied, used twice, so two gradients add up: dE = dlogits^T hidden +
+the dE of backward."""),
+"adamw": Exercise(
+    25, ["adamw_update"],
+    """What is t in the first call? In which order do decay and step come? How does a complex
+parameter become an array of real numbers, of the same shape as its m and v, so that what is written
+there is written into the parameter?""",
+    task="a step of AdamW, all in place: write into the arrays, replace none",
+    given=[lrurec.adamw_init],
+    told=inspect.getdoc(lrurec.adamw_update) + """
 With t = 1 in the first step, for each parameter p and its gradient g:
     m <- beta1 m + (1 - beta1) g         mhat = m / (1 - beta1^t)
     v <- beta2 v + (1 - beta2) g^2       vhat = v / (1 - beta2^t)
-opt["step"], which counts the steps, is yours to count up; grads are not changed."""}
-HINTS = {  # the question to ask, the quantity in between
-    "linear_backward": """How does one entry of W reach the loss? W[i, o] touches out[n, o] in
-every row n, by x[n, i]. Write that as a sum over n, and the sum as a matrix product. Shapes then
-leave one way to write it. And b[o]?""",
-    "dropout_backward": "Each entry is multiplied by a number that does not depend on x. Which?",
-    "gelu_backward": """out is a product of two things that depend on x: first the product rule.
-Then ds/dx: what is the slope of (1 + tanh(y)) / 2, written with s itself? Last the slope of y.""",
-    "layer_norm_backward": """In how many ways does x[n, d] reach the loss? Directly, through the
-row's mean, and through its rstd. Take dxhat first, the gradient of xhat, as if xhat = (x - mean)
-* rstd stood alone; then ask how mean and rstd move with one entry of x. scale and shift are
-easy.""",
-    "cross_entropy_backward": """One row, weight 1: the loss is log of a sum, minus one logit.
-What is the derivative of log(sum_v exp(logit_v)) with respect to one logit? You have met it:
-softmax. From the cache: softmax = exps / sums. Then the target's own logit, the weight, and
-dloss.""",
-    "complex_product_backward": """Let w change by a small complex c. How does z change? Put that
-into Re(conj(dz) c), and bring it to the form Re(conj(something) c): the something is dw. What
-does y = Re z add to the gradient of z, before all this?""",
-    "lam_backward": """Let nu_log change by a small real e. By what does lam change, as a multiple
-of lam? Put that into Re(conj(dlam) * change), the change of L; what stands before e is the
-gradient. The same for theta_log.""",
-    "complex_in_backward": """It is linear_backward with complex numbers in it. Take one entry of
-B: z = a w was the exercise before. Which factor gets a conjugate? What is left of a complex
-gradient when x can change along the real axis alone?""",
-    "complex_out_backward": """y = Re(h C): the gradient of z = h C is dout + 0i. From there on it
-is z = a w again, summed over rows or columns. Which factor gets a conjugate in dh, and which in
-dC?""",
-    "scan": """Rows 0 and 1, 2 and 3, ... are pairs. Suppose somebody gave you h of all odd rows:
-how would you get the even ones, all at once? And the odd rows alone: what recurrence do they
-obey, with which eigenvalue, which input and which walls? It is the same problem at half the
-length.""",
-    "scan_backward_loop": """In which ways does h_n reach the loss? Through row n's own output,
-which is dh_n, and through h_{n+1} = lam h_n + u_{n+1}, unless a wall stands there. Call the
-whole gradient of h_n g_n. In which order of rows can you find it? Then u_n and lam are one
-product away.""",
-    "scan_backward": """Write g_n = dh_n + conj(lam) g_{n+1} with m = N - 1 - n for n: which
-recurrence is it? Where does a wall before row n + 1 stand, when the rows are read backwards?
-dlam is a sum of products that needs no loop: which two rows stand in each?""",
-    "lru_backward": """Bottom to top: out, h, u, z and gamma, lam. Each line of the forward has
-its backward already, but for u = gamma * z. Find du first. gamma_log is real: by what does u
-change when it changes by a small e?""",
-    "block_backward": """Read the forward from its last line to its first; each line has its
-backward. The one new thing: x goes two ways where x + y is formed, through y and directly. What
-does that mean for its gradient?""",
-    "loss_and_grads": """Three parts: forward; the loss of logits; backward. Between them logits =
-hidden E^T + output_bias is a linear layer: dhidden, and a gradient of E. In how many ways does E
-reach the loss? Which weights of the rows turn the sum into a mean over those with a target?""",
-    "adamw_update": """What is t in the first call? In which order do decay and step come? Which
-array views a complex parameter as real numbers, so that m and v have its shape?""",
-    "step": """Which line of the forward looks at another row? All others work on one row as they do
-on many. What takes its place when the state before is given? May that state change?""",
-    "backward": """Bottom to top again: blocks from the last to the first, then norm, dropout, and
-the rows of E. If an item stands in three rows, what is the gradient of its row of E?"""}
-FORMULAS = {  # where lrurec's docstring has none after "Derivative:"
-    "scan": inspect.getdoc(lrurec.scan).partition("\n\n")[2],
-    "scan_backward_loop": """g_n = dh_n + conj(lam) g_{n+1}, without the last term where row n + 1
-is a wall; du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall.""",
-    "loss_and_grads": """weights = (targets > 0) / number of targets; dhidden = dlogits E,
-doutput_bias = sum over rows of dlogits. E is tied, used twice, so two gradients add up:
-dE = dlogits^T hidden + the dE of backward.""",
-    "adamw_update": """Add 1 to opt["step"] first: it is t. p and g as real views, then m and v,
-then the decay, then the step, each written into its array (*=, +=, -=, [:] =); g stays.""",
-    "step": """new_state[k] = lam * state[k] + gamma * (x B + b_B) in each block k, in a new
-array; all else as in block_forward without dropout. as_ids raises the ValueError."""}
+opt["step"], which counts the steps, is yours to count up; grads are not changed.""",
+    formula="""Add 1 to opt["step"] first: it is t. p and g as real_view shows them, then m and v,
+then the decay, then the step, each written into its array (*=, +=, -=, [:] =); g stays."""),
+"step": Exercise(
+    25, ["step"],
+    """Which line of the forward looks at another row? All others work on one row as they do on
+many. What takes its place when the state before is given? May that state change?""",
+    task="one more event for each user, from the state after the events before",
+    given=[lrurec.forward, lrurec.lru_forward, lrurec.block_forward, lrurec.init_state],
+    formula="""new_state[k] = lam * state[k] + gamma * (x B + b_B) in each block k, in a new array;
+all else as in block_forward without dropout. as_ids raises the ValueError.""")}
 
+CORE = ["complex_product", "lam", "complex_linear", "scan_backward_loop", "scan", "scan_backward",
+        "lru"]
+NAMES = [name for exercise in EXERCISES.values() for name in exercise.functions]
 
-def told(name):
-    """What a learner is told of a function: the docstring, but for its derivative."""
-    return TOLD.get(name) or inspect.getdoc(ours(name)).partition("\nDerivative: ")[0]
+NOTES = {  # a word, and what a learner is told where it occurs
+    "": """Sizes: N rows of a batch, V items (ids 1..V; id 0 is "nothing yet"), D model width,
+H complex state width, F feed-forward width, K blocks; M, I and O any width. Rows count from 0.
+dname is the gradient of the loss L with respect to name. xp is NumPy. Do not change the inputs,
+where nothing else is said.""",
+    "starts": """Walls: the rows of all users stand one after another, and where starts[n] is True
+the state is zero before row n. A wall always stands before row 0, whatever starts[0] says.""",
+    "complex": """Complex numbers: a complex z is two real ones, and dz = dL/d(Re z) + i dL/d(Im z);
+no factor 2. So where z changes by a small complex c, L changes by Re(conj(dz) c). With a = p + iq,
+the product z = a w is a real 2x2 matrix acting on w:
 
-
-def formula(name):
-    """What --formula shows."""
-    return FORMULAS.get(name) or inspect.getdoc(ours(name)).partition("\nDerivative: ")[2].strip()
-
-
-def heading(name):
-    """A function as a learner sees it: its signature and docstring."""
-    doc = textwrap.indent(told(name), "    ").strip()
-    return f'def {name}{inspect.signature(ours(name))}:\n    """{doc}\n    """'
-
-
-def helper(name):
-    """The import of what may be called, and what it does."""
-    value = getattr(lrurec, name)
-    if inspect.isfunction(value):
-        text = f"{name}{inspect.signature(value)}\n{textwrap.indent(told(name), '    ')}"
-    else:
-        text = textwrap.fill(f"{name} = {value!r}", 94)
-    return f"from lrurec import {name}\n{textwrap.indent(text, '# ')}"
-
-
+    [Re z]   [p  -q] [Re w]
+    [Im z] = [q   p] [Im w]"""}
 FILE = '''"""Exercise {exercise}, about {minutes} minutes
 
-{tasks}
+{task}
 
-    python test_lrurec.py {exercise}.py           grades it
-    python test_lrurec.py {exercise} --hint       what to ask yourself
-    python test_lrurec.py {exercise} --formula    the answer as a formula
+    python test_lrurec.py {exercise:29} grades this file
+    python test_lrurec.py {hint:29} what to ask yourself
+    python test_lrurec.py {formula:29} the answer as a formula
 
 {notes}
 """
@@ -1180,35 +1164,73 @@ xp = np
 '''
 
 
-def exercise_text(exercise):
+def words(text):
+    return set(re.findall(r"\w+", text))
+
+
+def told(name):
+    """What a learner is told of a function: the docstring, but for its derivative."""
+    for exercise in EXERCISES.values():
+        if name in exercise.functions and exercise.told:
+            return exercise.told
+    return inspect.getdoc(ours(name)).partition("\nDerivative: ")[0]
+
+
+def formula(exercise):
+    """What --formula shows."""
+    return exercise.formula or inspect.getdoc(ours(exercise.functions[0])).partition(
+        "\nDerivative: ")[2].strip()
+
+
+def heading(name):
+    """A function as a learner sees it: its signature and docstring."""
+    doc = textwrap.indent(told(name), "    ").strip()
+    return (f'def {name}{inspect.signature(ours(name))}:\n    """{doc}\n    """\n'
+            "    # your lines here\n")
+
+
+def helper(name):
+    """The import of what may be called, and what it does."""
+    value = getattr(lrurec, name)
+    if inspect.isfunction(value):
+        text = f"{name}{inspect.signature(value)}\n{textwrap.indent(told(name), '    ')}"
+    else:
+        text = textwrap.fill(f"{name} = {value!r}", 94)
+    return f"from lrurec import {name}\n{textwrap.indent(text, '# ')}"
+
+
+def exercise_text(name):
     """An exercise file: the task, what is given, what may be called."""
-    minutes, asked = EXERCISES[exercise]
-    tasks = [textwrap.fill(f"Write {name}: {TASKS.get(name, USUAL_TASK)}.", 96) for name in asked]
-    parts = [f"{heading(name)}\n    # your lines here\n" for name in asked]
-    shown = [function for name in asked for function in
-             (GIVEN[name] if name in GIVEN else [ours(name.replace("backward", "forward"))])]
+    exercise = EXERCISES[name]
+    asked, shown = exercise.functions, exercise.given
+    if shown is None:
+        shown = [ours(function.replace("backward", "forward")) for function in asked
+                 if function.endswith("backward")]
+    parts = [heading(function) for function in asked]
     if shown:
         parts += ["# ---- Given\n", *map(inspect.getsource, shown)]
-    helpers, called_above = helpers_of(asked, shown, words("\n".join(parts)))
+    helpers, called_above = helpers_of(exercise, shown, words("\n".join(parts)))
     if called_above:
-        imports = f"from lrurec import ({', '.join(called_above)})"
-        imports = textwrap.fill(imports, 96, subsequent_indent="    ")
-        parts.append(f"# What is given calls\n{imports}\n")
+        parts.append(f"# What is given calls\nfrom lrurec import {', '.join(called_above)}\n")
     if helpers:
         parts += ["# ---- You may call\n", *map(helper, helpers)]
     body = "\n\n".join(parts).rstrip()
+    task = textwrap.fill(f"Write {' and '.join(asked)}: {exercise.task}.", 96)
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
-    return FILE.format(exercise=exercise, minutes=minutes, tasks="\n".join(tasks), notes=notes,
-                       body=body)
+    return FILE.format(exercise=name, hint=f"{name} --hint", formula=f"{name} --formula",
+                       minutes=exercise.minutes, task=task, notes=notes, body=body)
 
 
-def helpers_of(asked, shown, mentioned):
+def helpers_of(exercise, shown, mentioned):
     """Names in lrurec: those that an answer may need, and the other functions that what is shown
     calls. mentioned: the words above, which may name constants."""
-    needed = {word for name in asked for word in MAY_CALL.get(name, ours(name).__code__.co_names)}
-    called_above = {word for function in shown for word in function.__code__.co_names}
-    functions = {name for name, value in vars(lrurec).items()
-                 if inspect.isfunction(value) and value not in shown and name not in asked}
+    needed, called_above = set(exercise.may_call or ()), set()
+    if exercise.may_call is None:
+        needed = {word for name in exercise.functions for word in ours(name).__code__.co_names}
+    for function in shown:
+        called_above.update(function.__code__.co_names)
+    functions = {name for name, value in vars(lrurec).items() if inspect.isfunction(value)
+                 and value not in shown and name not in exercise.functions}
     constants = {name for name in vars(lrurec) if name.isupper() and name in mentioned | needed}
     return ([name for name in vars(lrurec) if name in needed & functions | constants],
             [name for name in vars(lrurec) if name in (called_above - needed) & functions])
@@ -1217,176 +1239,119 @@ def helpers_of(asked, shown, mentioned):
 # ---------------------------------------------------------------------------------------------
 # Files of answers, and training with them
 
-TIME_LIMIT = 60                   # seconds for one file
-WRONG = 41                        # exit code of a process that found a mistake
+FOLDER = "answers"
+
+
+def path_of(word):
+    """gelu -> answers/gelu.py; the path of a file stays what it is."""
+    return os.path.join(FOLDER, f"{word}.py") if word in EXERCISES else word
 
 
 def load_answers(path):
     """The functions in a file that exercises ask for, by name."""
-    spec = importlib.util.spec_from_file_location("answers", path)
-    module, answers = importlib.util.module_from_spec(spec), {}
-    spec.loader.exec_module(module)
-    for name in NAMES:
-        value = getattr(module, name, None)
-        if callable(value) and value is not ours(name):
-            answers[name] = value
-        elif value is not None and f"\ndef {name}(" in inspect.getsource(module):
-            raise Wrong(f"your {name} is replaced by an import of {name} that stands below it: "
-                        "remove that import")
-    for exercise, (_, asked) in EXERCISES.items():
-        missing = [name for name in asked if name not in answers]
-        if missing and len(missing) < len(asked):
-            raise Wrong(f"exercise {exercise} asks for {' and '.join(asked)}; "
-                        f"{' and '.join(missing)} is missing")
-    if not answers:
-        raise Wrong("no function of an exercise; python test_lrurec.py lists them")
-    return answers
+    values = runpy.run_path(path)
+    return {name: values[name] for name in NAMES
+            if callable(values.get(name)) and values[name] is not ours(name)}
 
 
-def describe(error, paths):
-    """What was found, or what was raised, with the last line in the learner's files."""
-    if isinstance(error, Wrong):
-        return f"{error}\n  {describe(error.__cause__, paths)}" if error.__cause__ else str(error)
-    text, absolute = f"{type(error).__name__}: {error}", [os.path.abspath(path) for path in paths]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if os.path.abspath(frame.filename) in absolute:
-            where = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
-            return f"{where}: {frame.line}\n  {text}"
-    return text                                    # a SyntaxError names its line itself
-
-
-def grade_here(path, code_if_right):
-    """Grade the answers in a file, in this process, up to the first wrong one -> exit code."""
+def grade_file(path, show=print):
+    """Grade the answers in a file, and show what is found -> "right", "wrong", "error" or, after
+    Ctrl-C, "stopped". An error is shown as Python shows it, cut to the file."""
+    word = os.path.basename(path).removesuffix(".py")
     try:
-        for name, function in load_answers(path).items():
-            remark = grade(name, function)
-            print(f"{path}: {name}: right" + (f"; {remark}" if remark else ""))
-    except (Exception, SystemExit) as error:
-        print(f"{path}: WRONG: {describe(error, [path])}")
-        return WRONG
-    return code_if_right
+        answers = load_answers(path)
+        asked = EXERCISES[word].functions if word in EXERCISES else answers
+        if missing := [name for name in asked if name not in answers]:
+            raise Wrong(f"there is no {missing[0]} in it")
+        if not answers:
+            raise Wrong("there is no function of an exercise in it")
+        for name, function in answers.items():
+            grade(name, function)
+            show(f"{path}: {name}: right")
+    except Wrong as error:
+        show(f"{path}: WRONG: {error}")
+        return "wrong"
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        show(traceback_in([path], error))
+        return "stopped" if isinstance(error, KeyboardInterrupt) else "error"
+    return "right"
 
 
-def in_own_process(*arguments, quiet=False, seconds=None):
-    """Run this program in a process of its own -> its exit code, or None where it ran too long.
-    Its input is empty but for a number that nobody can guess: the exit code that means right."""
-    secret, output = random.randrange(100, 256), subprocess.DEVNULL if quiet else None
-    try:
-        done = subprocess.run([sys.executable, os.path.abspath(__file__), *arguments],
-                              input=f"{secret}\n", text=True, timeout=seconds, stdout=output,
-                              stderr=output)
-    except subprocess.TimeoutExpired:
-        return None
-    return 0 if done.returncode == secret else done.returncode or -1
+def traceback_in(paths, error):
+    """What Python prints of an error, cut to the learner's files."""
+    shown = traceback.TracebackException.from_exception(error)
+    shown.stack[:] = [frame for frame in shown.stack if frame.filename in paths]
+    return "".join(shown.format(chain=False)).rstrip()
 
 
-def grade_file(path, quiet=False):
-    """Grade a file in a process of its own, which nothing in the file can keep from ending ->
-    whether all is right."""
-    code = in_own_process("--here", path, quiet=quiet, seconds=TIME_LIMIT)
-    if code is None and not quiet:
-        print(f"{path}: did not end within {TIME_LIMIT} seconds: is there a loop without an end?")
-    elif code not in (0, WRONG) and not quiet:
-        print(f"{path}: ended Python itself (exit code {code}), so it was not graded")
-    return code == 0
-
-
-def is_right(exercise):
-    """Whether NAME.py is in this folder and right."""
-    return os.path.isfile(f"{exercise}.py") and grade_file(f"{exercise}.py", quiet=True)
-
-
-def list_exercises():
-    """Print the exercises, grade those whose file is in this folder, and say what is next."""
-    print("Exercises, easy to hard, with their minutes. An x marks those whose NAME.py in this "
-          "folder is right.\n")
-    right = []
-    for exercise, (minutes, asked) in EXERCISES.items():
-        mark = "?" if os.path.isfile(f"{exercise}.py") else " "
-        if is_right(exercise):
-            mark = "x"
-            right.append(exercise)
-        print(f"  {mark} {exercise:18} {minutes:3}  {', '.join(asked)}", flush=True)
-    print("\n" + what_is_next(right))
-
-
-def what_is_next(right):
-    """right: the exercises that are solved."""
-    text = f"{len(right)} of {len(EXERCISES)} right"
-    left = [exercise for exercise in EXERCISES if exercise not in right]
-    if left:
-        command = f"{left[0]}.py" if os.path.isfile(f"{left[0]}.py") else f"start {left[0]}"
-        return f"{text}, next: {left[0]}\n    python test_lrurec.py {command}"
-    files = " ".join(f"{exercise}.py" for exercise in EXERCISES)
-    return (f"{text}. Train on ML-100K with your own functions:\n"
-            f"    python test_lrurec.py train --ml-100k {files}")
-
-
-def grade_files(paths):
-    """Grade files -> exit code. Of several, count the exercises that are solved: those in this
-    folder too."""
-    right = [path for path in paths if grade_file(path)]
-    if len(paths) > 1:
-        solved = {os.path.basename(path)[:-len(".py")] for path in right}
-        solved.update(exercise for exercise in EXERCISES
-                      if f"{exercise}.py" not in paths and is_right(exercise))
-        print(what_is_next([exercise for exercise in EXERCISES if exercise in solved]))
-    return int(len(right) < len(paths))
-
-
-def start(exercise):
-    """Write an exercise's file, but never over one that is there -> exit code."""
-    path = f"{exercise}.py"
-    try:
-        with open(path, "x", encoding="utf-8", newline="\n") as file:
-            file.write(exercise_text(exercise))
-    except FileExistsError:
-        return refuse(f"{path} is there already, and was left as it is")
-    except OSError as error:
-        return refuse(f"cannot write {path}: {error.strerror}")
-    print(f"Wrote {path}. Fill in the body, then: python test_lrurec.py {path}")
+def open_exercise(name):
+    """Write answers/NAME.py the first time; grade it from then on -> exit code."""
+    path = path_of(name)
+    if os.path.exists(path):
+        return int(grade_file(path) != "right")
+    os.makedirs(FOLDER, exist_ok=True)
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(exercise_text(name))
+    print(f"Wrote {path}. Fill in the empty body, then: python test_lrurec.py {name}")
     return 0
 
 
-def as_lrurec_wants(value):
-    """Each array in a nest of them: row by row, and in float32, as the model trains."""
-    if isinstance(value, (tuple, list)):
-        return tuple(as_lrurec_wants(entry) for entry in value)
+def list_exercises():
+    """Print the exercises, grade those in answers/, and say what is next."""
+    hours = sum(exercise.minutes for exercise in EXERCISES.values()) / 60
+    print(f"The exercises, easy to hard, with their minutes: {hours:.0f} hours in all. You may "
+          f"begin at complex_product:\nthe core ({', '.join(CORE)})\nis half of the time. Answers "
+          f"lie in {FOLDER}/; Ctrl-C skips one that does not end.\n")
+    left = []
+    for name, exercise in EXERCISES.items():
+        print(f"  {name:18} {exercise.minutes:4}  {', '.join(exercise.functions):42}  ", end="",
+              flush=True)                          # before it is graded, which may take for ever
+        verdict, path = "", path_of(name)
+        if os.path.exists(path):
+            verdict = grade_file(path, show=lambda text: None)
+        print(verdict)
+        if verdict != "right":
+            left.append(name)
+    print(f"\n{len(EXERCISES) - len(left)} of {len(EXERCISES)} right. Next:\n"
+          f"    python test_lrurec.py {left[0] if left else 'train --ml-100k'}")
+
+
+def row_by_row(value):
+    """Each array in a nest of them with its rows one after another: real_view needs them so."""
     if isinstance(value, dict):
-        return {name: as_lrurec_wants(entry) for name, entry in value.items()}
-    if not isinstance(value, np.ndarray):
-        return value
-    precision = {"f": np.float32, "c": np.complex64}.get(value.dtype.kind)
-    return np.array(value, precision, order="C")
+        return {name: row_by_row(entry) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(map(row_by_row, value))
+    return np.asarray(value, order="C") if isinstance(value, np.ndarray) else value
 
 
-def made_to_fit(function):
-    @functools.wraps(function)
+def in_rows(function):
     def call(*arguments, **options):
-        return as_lrurec_wants(function(*arguments, **options))
+        return row_by_row(function(*arguments, **options))
     return call
 
 
+IN_TRAINING = [name for name in NAMES if hasattr(lrurec, name)
+               and name not in ("scan_backward_loop", "step")]
+
+
 def put_in_place(paths):
-    """Put the functions in the files in place of lrurec's, and print their names. Twice: a file
-    imports what an exercise before it asked for, and gets the learner's the second time."""
+    """Put the functions in the files in place of lrurec's. Twice: a file imports what an exercise
+    before it asked for, and gets the learner's the second time."""
     for path in 2 * paths:
-        answers = load_answers(path)
-        for name in answers.keys() & vars(lrurec).keys():
-            setattr(lrurec, name, made_to_fit(answers[name]))
-    names = [name for name in NAMES if hasattr(vars(lrurec).get(name), "__wrapped__")]
-    print(f"Your functions: {', '.join(names) or 'none that the model uses'}\n", flush=True)
+        for name, function in load_answers(path).items():
+            if name in IN_TRAINING:
+                setattr(lrurec, name, in_rows(function))
 
 
 STEPS = 90                        # of the small training
 RECALL_TASK = """Recall the item of 3 steps ago, one of 5. A model without memory cannot get below
-log 5 = 1.609.
-"""
+log 5 = 1.609."""
 
 
 def train_small():
-    """Train a small model on RECALL_TASK, in float32 -> losses, eigenvalues before and after."""
-    params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0))
+    """Train a small model on RECALL_TASK -> losses, eigenvalues before and after."""
+    params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0), dtype=np.float64)
     opt, losses, rng = lrurec.adamw_init(params), [], np.random.default_rng(1)
     p = lrurec.blocks(params)[0]
     before, _ = lrurec.lam_forward(p["lru.nu_log"], p["lru.theta_log"])
@@ -1403,77 +1368,49 @@ def train_small():
     return losses, before, after
 
 
-def train_right(paths):
-    """Train with the functions in the files; print the loss and the eigenvalues."""
+def show_curves(ours, yours):
+    print(f"\n{RECALL_TASK}\n\nstep    ours  yours   o ours, x yours, * both")
+    for n in range(0, len(ours), 10):
+        line = [" "] * 51
+        for loss, mark in ((ours[n], "o"), (yours[n], "x")):
+            column = round(20 * min(loss, 2.5)) if loss == loss else 50       # nan: the far right
+            line[column] = mark if line[column] == " " else "*"
+        print(f"{n:4}  {ours[n]:6.3f} {yours[n]:6.3f}   {''.join(line).rstrip()}")
+
+
+def train_with(paths, on_ml_100k):
+    """Train once with ours and once with the functions in the files, right or wrong; print both
+    losses and, where they are right, the eigenvalues. Or run train.py with them -> exit code."""
+    verdicts = {grade_file(path) for path in paths}
+    if verdicts & {"error", "stopped"}:
+        return 1
+    found = {name for path in paths for name in load_answers(path)}
+    names = [name for name in IN_TRAINING if name in found]
+    if not names:
+        return refuse("a training uses none of these functions; those that it uses: "
+                      + ", ".join(IN_TRAINING))
+    print(f"Your functions in the model: {', '.join(names)}", flush=True)
+    if on_ml_100k:
+        put_in_place(paths)
+        lrurec.init_params = functools.partial(lrurec.init_params, dtype=np.float64)
+        return train.main(["train"])
+    ours, _, _ = train_small()
     put_in_place(paths)
-    losses, before, after = train_small()
-    print(f"{RECALL_TASK}\nstep    loss")
-    for n in range(0, len(losses), 10):
-        print(f"{n:4}  {losses[n]:6.3f}  {'#' * round(20 * losses[n])}")
+    try:
+        yours, before, after = train_small()
+    except Exception as error:
+        print(f"the training with them stopped:\n{traceback_in(paths, error)}")
+        return 1
+    show_curves(ours, yours)
+    if "wrong" in verdicts:
+        print("\nA falling loss proves nothing: a wrong gradient often learns too, at times as "
+              "well,\nand you would never know. The grader tells.")
+        return 1
     print("\nThe circle is |lam| = 1; a digit counts the eigenvalues in its place.\n"
           f"{'Before':44}and after")
     for row in zip(train.disk(before), train.disk(after)):
         print(f"{row[0]:44}{row[1]}")
-
-
-def train_anyway(paths):
-    """Train once with ours and once with the functions in the files, right or not; print both
-    losses, and what they show."""
-    right, _, _ = train_small()
-    put_in_place(paths)
-    yours, _, _ = train_small()
-    print(f"{RECALL_TASK}\nstep   right  yours   o right, x yours, * both")
-    for n in range(0, len(right), 10):
-        line = [" "] * 51
-        for loss, mark in ((right[n], "o"), (yours[n], "x")):
-            column = round(20 * min(loss, 2.5)) if loss == loss else 50       # nan: the far right
-            line[column] = mark if line[column] == " " else "*"
-        print(f"{n:4}  {right[n]:6.3f} {yours[n]:6.3f}   {''.join(line).rstrip()}")
-    print("\nA falling loss proves nothing: a wrong gradient often learns too, at times as well,"
-          "\nand you would never know. A gradient check tells: python test_lrurec.py "
-          + " ".join(paths))
-
-
-def train_ml_100k(paths):
-    """train.py's own training with the functions in the files."""
-    put_in_place(paths)
-    return train.main(["train"])
-
-
-TRAININGS = {"": train_right, "--anyway": train_anyway, "--ml-100k": train_ml_100k}
-
-
-def train_command(words):
-    """Grade the files, then train in a process of its own -> exit code."""
-    option = words.pop(0) if words and words[0] in TRAININGS else ""
-    if not words:
-        return refuse("train needs a file of yours: python test_lrurec.py train scan_backward.py")
-    if problem := first_bad(words):
-        return refuse(problem)
-    right = [path for path in words if grade_file(path)]
-    if option != "--anyway":
-        for path in words:
-            if path not in right:
-                print(f"{path} is not right yet and is left out; to train with it all the same:\n"
-                      f"    python test_lrurec.py train --anyway {path}")
-        words = right
-        if not right:
-            return 1
-    print(flush=True)
-    code = in_own_process("--train", option, *words,
-                          seconds=None if option == "--ml-100k" else TIME_LIMIT)
-    if code is None:
-        print(f"the training did not end within {TIME_LIMIT} seconds: is there a loop without an "
-              "end, or a very slow function?")
-    return 1 if code is None else code
-
-
-def train_here(option, paths, code_if_right):
-    try:
-        return TRAININGS[option](paths) or code_if_right
-    except (Exception, SystemExit) as error:
-        print(f"training stopped: {describe(error, paths)}")
-        return 1
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1569,12 +1506,14 @@ def compare_with_pytorch():
     torch.set_num_threads(config["threads"])
 
     def numpy_step(batch):
-        train.train_step(pool, params, opt, batch, config, 1e-3)
+        _, grads = train.gradients(pool, params, batch, config, opt["step"])
+        lrurec.clip_gradients(grads, train.MAX_NORM)
+        lrurec.adamw_update(params, grads, opt, lr=1e-3, weight_decay=0.01)
 
     def torch_step(batch):
         optimizer.zero_grad()
         torch_loss(tensors, *map(torch.tensor, batch), scan, dropout=0.2)[1].backward()
-        torch.nn.utils.clip_grad_norm_(tensors.values(), 5.0)
+        torch.nn.utils.clip_grad_norm_(tensors.values(), train.MAX_NORM)
         optimizer.step()
 
     print("\nML-100K, batches of 128 windows of 200, dropout 0.2, float32, "
@@ -1599,70 +1538,56 @@ def refuse(message):
     return 2
 
 
-def first_bad(paths):
-    """What is wrong with the first of the paths that is no file of answers, or ""."""
-    for path in paths:
-        if path in EXERCISES:
-            return f"give the file of an exercise: {path}.py"
-        if not path.endswith(".py"):
-            return (f"{path!r} is neither an exercise nor a .py file; the exercises: "
-                    f"{', '.join(EXERCISES)}")
-        if not os.path.isfile(path):
-            return f"{path} is missing"
-    return ""
-
-
-def exercise_main(arguments):
+def main(arguments=None):
     """Run a command of this file -> exit code."""
-    command, *rest = arguments or ["list"]
-    if command in ("-h", "--help"):
-        print(__doc__.partition("\n\nContents")[0])
-        return 0
-    if command == "list" and not rest:
+    parser = argparse.ArgumentParser(
+        prog="test_lrurec.py", usage="python test_lrurec.py [WORD ...]", allow_abbrev=False,
+        description=__doc__.partition("\n\nContents")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="a command, exercises, .py files")
+    parser.add_argument("--hint", action="store_true", help="what to ask yourself")
+    parser.add_argument("--formula", action="store_true", help="the answer as a formula")
+    parser.add_argument("--ml-100k", action="store_true", help="train on ML-100K")
+    args = parser.parse_args(arguments)
+    words = args.words
+    if words == ["check"]:
+        return int(not check_gradients() < 1e-6)
+    if words == ["pytorch"]:
+        return compare_with_pytorch()
+    if not words:
         list_exercises()
         return 0
-    if command == "check":
-        return int(not check_gradients() < 1e-6)
-    if command == "pytorch":
-        return compare_with_pytorch()
-    if command == "train":
-        return train_command(rest)
-    if command == "--here":
-        return grade_here(rest[0], int(os.read(0, 9)))
-    if command == "--train":
-        return train_here(rest[0], rest[1:], int(os.read(0, 9)))
-    if command == "start":
-        if len(rest) == 1 and rest[0] in EXERCISES:
-            return start(rest[0])
-        return refuse(f"start needs one exercise, one of {', '.join(EXERCISES)}")
-    if command in EXERCISES and not rest:
-        print(exercise_text(command), end="")
+    training = words[0] == "train"
+    if training:                                   # without a name: with all that is in answers/
+        words = words[1:] or [name for name in EXERCISES if os.path.exists(path_of(name))]
+        if not words:
+            return refuse(f"there is no exercise in {FOLDER}/ to train with")
+    if args.ml_100k and not training:
+        return refuse("--ml-100k goes with train: python test_lrurec.py train --ml-100k gelu")
+    for word in words:
+        if word not in EXERCISES and not word.endswith(".py"):
+            return refuse(f"{word!r} is neither a .py file nor an exercise (choose from "
+                          f"{', '.join(EXERCISES)})")
+        if (training or word not in EXERCISES) and not os.path.exists(path_of(word)):
+            return refuse(f"there is no {path_of(word)}")
+    if args.hint or args.formula:
+        if training or not EXERCISES.keys() >= set(words):
+            return refuse("--hint and --formula go with an exercise: python test_lrurec.py gelu "
+                          "--hint")
+        for word in words:
+            if args.hint:
+                print(EXERCISES[word].question)
+            if args.formula:
+                print(formula(EXERCISES[word]))
         return 0
-    exercise = command.removesuffix(".py")
-    if exercise in EXERCISES and rest in (["--hint"], ["--formula"]):
-        for name in EXERCISES[exercise][1]:
-            print(f"{name}\n\n{HINTS[name] if rest == ['--hint'] else formula(name)}\n")
-        return 0
-    if problem := first_bad(arguments):
-        return refuse(problem)
-    return grade_files(arguments)
-
-
-def commanded():
-    """exercise_main, for a shell: Ctrl-C and a closed pipe end it without a traceback."""
-    try:
-        code = exercise_main(sys.argv[1:])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:                        # nobody reads on: | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
+    if training:
+        return train_with([path_of(word) for word in words], args.ml_100k)
+    return max(open_exercise(word) if word in EXERCISES else int(grade_file(word) != "right")
+               for word in words)
 
 
 # ---------------------------------------------------------------------------------------------
-# Below are the tests
+# The tests
 
 def program(*arguments):
     """Run train.py with these arguments, in this process -> exit code"""
@@ -1726,295 +1651,131 @@ def dataset(items, offsets, V):
 
 
 # ---------------------------------------------------------------------------------------------
-# Derivatives, and the grader itself
+# The grader
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nan_nothing_and_changed_inputs_do_not_pass(name):
-    function = ours(name)
-
-    def with_nan(*arguments, **options):
-        result = function(*arguments, **options)
-        _, array = list(arrays_in(arguments if result is None else result))[-1]
-        array[...] = np.nan
-        return result
-
-    def changing(k):
-        def wrong(*arguments, **options):
-            result = function(*arguments, **options)
-            for _, array in arrays_in([arguments[k]]):
-                array[...] = 2
-            return result
-        return wrong
-
-    arguments = calls(name)[0].arguments
-    with_arrays = [k for k, value in enumerate(arguments) if list(arrays_in([value]))]
-    for wrong in (lambda *_, **__: None, with_nan, *map(changing, with_arrays)):
-        with pytest.raises(Wrong):
-            grade(name, wrong)
+def test_our_own_function_is_right(name):
+    grade(name, ours(name))
 
 
-def adamw_in_new_arrays(ours, params, grads, opt, *numbers, **options):
-    opt["m"] = copy.deepcopy(opt["m"])
-    ours(params, grads, opt, *numbers, **options)
+@pytest.mark.parametrize("name, sentence, piece, replacement", [
+    (name, *entry) for name, entries in MISTAKES.items() for entry in entries])
+def test_a_usual_mistake_is_refused_with_its_own_sentence(name, sentence, piece, replacement):
+    count = source_of(name).count(piece)
+    assert count == 1, f"MISTAKES of {name}: {piece!r} occurs {count} times in our source"
+    with pytest.raises(Wrong) as refused:
+        grade(name, mistaken(name, piece, replacement))
+    assert str(refused.value).endswith(f"\n  hint: {sentence}"), refused.value
 
 
-def adamw_late(ours, params, grads, opt, *numbers, **options):
-    opt["step"] -= 1
-    ours(params, grads, opt, *numbers, **options)
-    opt["step"] += 1
+LINEAR = "x, W = cache; dx, dW, db = dout @ W.T, x.T @ dout, dout.sum(0)"
+WRONG_ANSWERS = {  # a wrong answer: the function, its body, a part of what is said
+    "nothing": ("gelu_backward", "pass", "returned nothing"),
+    "two of three": ("linear_backward", f"{LINEAR}; return dx, dW", "returned 2 values"),
+    "rows kept": ("linear_backward", f"{LINEAR}; return dx, dW, dout", "the sum over the rows"),
+    "order": ("linear_backward", f"{LINEAR}; return dW, dx, db", "yours is dW"),
+    "float32": ("linear_backward", f"{LINEAR}; return dx, dW, db.astype('f4')", "is float32"),
+    "nan": ("linear_backward", f"{LINEAR}; return dx, dW, db * np.nan", "not finite"),
+    "factor": ("linear_backward", f"{LINEAR}; return 3 * dx, dW, db", "yours is 3 times"),
+    "digits": ("linear_backward", f"{LINEAR}; return dx * 1.00001, dW, db", "right to 5 digits"),
+    "input": ("linear_backward", f"{LINEAR}; x *= 2; return dx, dW, db", "changed x, which"),
+    "buffer": ("linear_backward", f"{LINEAR}; b = kept.setdefault(dx.shape, dx); b[:] = dx; "
+               "return b, dW, db", "was changed by the next call"),
+    "names": ("block_backward", "return lrurec.block_backward(dout, cache)[0], {}", "Missing: ['f"),
+    "new array": ("adamw_update", "opt['m'] = {**opt['m'], 'item_embedding': 0}",
+                  "a new array in the place of m: item_embedding"),
+    "any item": ("step", "return lrurec.step(params, state, items % 8)", "raise ValueError for id"),
+    "no walls": ("scan", "return lrurec.scan(lam, u, starts & False)", "missing: the walls"),
+    "row by row": ("scan", "return lrurec.scan_loop(lam, u, starts)", "Python executes"),
+    "halves": ("scan", "return lrurec.scan_recursive(lam, u, starts)", "Python executes"),
+    "sqrt N": ("scan", "for n in range(math.isqrt(len(u))):\n        pass\n"
+               "    return lrurec.scan(lam, u, starts)", "Python executes"),
+    "N x N": ("scan", "np.ones((len(u), len(u)), bool); return lrurec.scan(lam, u, starts)",
+              "the memory of h")}
 
 
-LINEAR, GELU, NORM, CE = [name + "_backward" for name in (
-    "linear", "gelu", "layer_norm", "cross_entropy")]
-PRODUCT, C_IN, C_OUT = [name + "_backward" for name in (
-    "complex_product", "complex_in", "complex_out")]
-SCAN, LRU, BLOCK = "scan_backward", "lru_backward", "block_backward"
-WRONG_VERSIONS = {  # what is wrong: the function, a version that gets ours first, what is said
-    "two values": (LINEAR, lambda ours, *a: ours(*a)[:2], "returned 2 values, it should return 3"),
-    "a column": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, d.sum(0)[:, None]), "(4, 1)"),
-    "transposed": (LINEAR, lambda ours, d, c: (d @ c[1].T, d.T @ c[0], d.sum(0)), "is transposed"),
-    "order": (LINEAR, lambda ours, d, c: (c[0].T @ d, d @ c[1].T, d.sum(0)), "order: this is dW"),
-    "no db": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, None), "it is missing"),
-    "mean": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d / 5, d.sum(0)), "a mean in place"),
-    "no sum": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, d), "the sum over the rows"),
-    "no xhat": (NORM, lambda ours, d, c: (ours(d, c)[0], d.sum(0), d.sum(0)), "a factor is m"),
-    "float32": (LINEAR, lambda ours, d, c: (d @ c[1].T, c[0].T @ d, d.sum(0).astype("f4")), "f"),
-    "sign": (LINEAR, lambda ours, d, c: (-d @ c[1].T, c[0].T @ d, d.sum(0)), "the sign is flipped"),
-    "unknown": (LINEAR, lambda ours, d, c: (d @ abs(c[1].T), c[0].T @ d, d.sum(0)), "in all rows"),
-    "digits": (GELU, lambda ours, d, c: ours(d, c) * (1 + 1e-5), "right to 5 digits"),
-    "3 times": (GELU, lambda ours, d, c: ours(d, c) * 3, "3 times what it should be"),
-    "dict": (GELU, lambda ours, d, c: {"dx": ours(d, c)}, "it is a dict"),
-    "tuple": (GELU, lambda ours, d, c: (ours(d, c),), "it is a tuple"),
-    "no rstd": (NORM, lambda ours, d, c: (ours(d, c)[0] / c[1], *ours(d, c)[1:]), "factor rstd is"),
-    "sums changed": (CE, lambda ours, dl, c: (ours(dl, c), c[1].fill(0))[0], "changed sums"),
-    "no dloss": (CE, lambda ours, dl, c: ours(1, c), "the factor dloss is missing"),
-    "no conj a": (PRODUCT, lambda ours, dz, dy, c: (ours(dz, dy, c)[0], c[0] * (dz + dy)),
-                  "a conjugate"),
-    "no dy": (PRODUCT, lambda ours, dz, dy, c: ours(dz, 0 * dy, c), "near dz, dy"),
-    "complex dx": (C_IN, lambda ours, d, c: (ours(d, c)[0] + 0j, *ours(d, c)[1:]), "be real"),
-    "conj dB": (C_IN, lambda ours, d, c: (ours(d, c)[0], c[0].T @ d.conj(), d.sum(0)), "conjugate"),
-    "conj dh": (C_OUT, lambda ours, d, c: (d @ c[1].T, *ours(d, c)[1:]), "conjugate"),
-    "conj lam": ("scan", lambda ours, lam, u, s: ours(lam.conj(), u, s), "conjugate too many"),
-    "no walls": ("scan", lambda ours, lam, u, s: ours(lam, u, s & False), "walls are ignored"),
-    "a loop": ("scan", lambda ours, *a: lrurec.scan_loop(*a), "growth like N: "),
-    "a loop back": (SCAN, lambda ours, *a: lrurec.scan_backward_loop(*a), "growth like N: "),
-    "dh for du": (SCAN, lambda ours, dh, lam, h, s: (
-        (h[:-1].conj() * dh[1:] * ~s[1:, None]).sum(0), ours(dh, lam, h, s)[1]), "dh stands in"),
-    "u conj": (LRU, lambda ours, d, c: ours(d, {**c, "u": c["u"].conj()}), 'near cache["u"])'),
-    "no mask": (BLOCK, lambda ours, d, c: ours(d, {**c, "mask3": None}), '"mask3"] is missing'),
-    "names": (BLOCK, lambda ours, *a: (ours(*a)[0], {}), "Missing: ['ffn.W1', "),
-    "loss": ("loss_and_grads", lambda ours, *a, **o: (lambda loss, grads: (
-        loss + 0.1, grads))(*ours(*a, **o)), "no known pattern; wrong in all entries"),
-    "not tied": ("loss_and_grads", lambda ours, *a, **o: (lambda loss, grads: (
-        loss, {**grads, "item_embedding": 0 * grads["item_embedding"]}))(*ours(*a, **o)), "zeros"),
-    "not in place": ("adamw_update", lambda ours, *a, **o: None, "it is 2, and should be 3"),
-    "t late": ("adamw_update", adamw_late, "the power is one too low"),
-    "new arrays": ("adamw_update", adamw_in_new_arrays, "puts a new array in the place of m: item"),
-    "old state": ("step", lambda ours, p, s, i: (ours(p, s, i)[0], s.copy()), "state itself"),
-    "any item": ("step", lambda ours, p, s, i: ours(p, s, i % 8), "should raise ValueError"),
-    "no dropout": ("backward", lambda ours, d, c, E: ours(d, [c[0], None, *c[2:]], E), "caches[1]"),
-}
-
-
-@pytest.mark.parametrize("name, wrong, part", WRONG_VERSIONS.values(), ids=WRONG_VERSIONS)
-def test_a_wrong_version_is_refused_with_the_right_hint(name, wrong, part):
-    with pytest.raises(Wrong) as error:
-        grade(name, functools.partial(wrong, ours(name)))
-    assert part in str(error.value), str(error.value)
-
-
-def test_what_is_kept_from_call_to_call_is_found():
-    calls_so_far, memory = [], {}
-
-    def counting(dout, cache):
-        calls_so_far.append(1)
-        return dout @ cache[1].T, cache[0].T @ dout, len(calls_so_far) * dout.sum(0)
-
-    def reusing(dout, cache):
-        result = memory.setdefault(dout.shape, np.empty_like(dout))
-        result[...] = lrurec.gelu_backward(dout, cache) + 1e-9 * len(memory)
-        memory["calls"] = 0
-        return result
-
-    with pytest.raises(Wrong, match="called again with the same numbers"):
-        grade("linear_backward", counting)
-    with pytest.raises(Wrong, match="was changed by the next call"):
-        grade("gelu_backward", reusing)
-
-
-def test_right_answers_in_other_styles_pass():
-    def by_columns(dout, cache):
-        return [np.asfortranarray(array) for array in lrurec.linear_backward(dout, cache)]
-
-    def an_integer_zero(*arguments, **options):
-        loss, grads = lrurec.loss_and_grads(*arguments, **options)
-        return loss or 0, grads
-
-    grade("linear_backward", by_columns)
-    grade("loss_and_grads", an_integer_zero)
-    for name, functions in AS_WRITTEN.items():
-        for function in functions:
-            grade(name, function)
-
-
-def dense_scan(lam, u, starts):
-    """All pairs of rows at once: right and without a loop, but quadratic."""
-    rows, segment = np.arange(len(u)), np.cumsum(starts)
-    reaches = (segment[:, None] == segment) & (rows[:, None] >= rows)
-    powers = lam ** np.maximum(rows[:, None] - rows, 0)[..., None]
-    return np.einsum("mn,mnh,nh->mh", reaches, powers, u)
-
-
-def row_by_row(lam, u, starts):
-    if len(u) == 1:
-        return u.copy()
-    h = row_by_row(lam, u[:-1], starts[:-1])
-    return np.concatenate([h, u[-1:] + (0 if starts[-1] else lam * h[-1:])])
-
-
-def in_one_line(lam, u, starts):
-    walls = starts.tolist()
-    return np.stack([np.array(list(itertools.accumulate(
-        range(1, len(u)), lambda h, n: u[n, k] if walls[n] else lam[k] * h + u[n, k],
-        initial=u[0, k]))) for k in range(len(lam))], 1)
-
-
-@pytest.mark.parametrize("scan, part", [
-    (dense_scan, "work grows like N\\^2"), (row_by_row, "calls itself once for each row"),
-    (in_one_line, "growth like N: ")])
-def test_a_scan_is_judged_by_its_steps_and_its_work(scan, part):
-    with pytest.raises(Wrong, match=part):
-        takes_few_steps_and_little_work("scan", scan)
-
-
-def test_the_paper_s_recursion_passes_with_a_remark_and_the_tracer_is_put_back():
-    def tracer(*_):
-        return None
-
-    old = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        assert "halves of a level" in takes_few_steps_and_little_work("scan", lrurec.scan_recursive)
-        assert sys.gettrace() is tracer
-    finally:
-        sys.settrace(old)
-
-
-ALSO_USED = {  # by our answers, and not imported by the exercise's file
-    "complex_linear": ["from lrurec import linear_backward, real_view, real_rows"],
-    "loss": ["from lrurec import output_loss"]}
-
-
-def solved(folder, exercises):
-    """Files with our answers."""
-    paths = []
-    for exercise in exercises:
-        answers = [inspect.getsource(ours(name)) for name in EXERCISES[exercise][1]]
-        paths.append(write(folder / f"{exercise}.py", "\n".join(
-            [exercise_text(exercise), *ALSO_USED.get(exercise, []), *answers])))
-    return paths
-
-
-@pytest.mark.parametrize("exercise", EXERCISES)
-def test_a_file_withholds_its_formula_and_with_our_answer_is_right(exercise, tmp_path):
-    text = exercise_text(exercise)
-    assert text.isascii() and max(map(len, text.splitlines())) <= 110
-    for name in EXERCISES[exercise][1]:
-        assert formula(name) and formula(name) not in text and "Derivative:" not in text
-        assert HINTS[name] and f"def {name}(" in text
-    path, = solved(tmp_path, [exercise])
-    assert grade_here(path, 0) == 0 and list(load_answers(path)) == EXERCISES[exercise][1]
+@pytest.mark.parametrize("name, body, said", WRONG_ANSWERS.values(), ids=WRONG_ANSWERS)
+def test_a_wrong_answer_is_refused_and_told_why(name, body, said):
+    namespace = {"lrurec": lrurec, "np": np, "math": math, "kept": {}}
+    exec(f"def {name}{inspect.signature(ours(name))}:\n    {body}", namespace)
+    with pytest.raises(Wrong) as refused:
+        grade(name, namespace[name])
+    assert said in str(refused.value)
 
 
 @pytest.fixture
-def short_training(monkeypatch):
-    """Of 30 steps, in this process; lrurec has its own functions again afterwards."""
-    monkeypatch.setitem(globals(), "STEPS", 30)
-    for name in vars(lrurec).keys() & NAMES:
-        monkeypatch.setattr(lrurec, name, getattr(lrurec, name))
-
-
-def test_training_with_the_functions_of_files(tmp_path, capsys, short_training):
-    assert train_here("", solved(tmp_path, ["gelu", "scan_backward", "block"]), 0) == 0
-    out = capsys.readouterr().out
-    losses = [float(line.split()[1]) for line in out.splitlines() if line.endswith("#")]
-    assert "Your functions: gelu_backward, scan_backward, block_backward\n" in out
-    assert len(losses) == 4 and losses[-1] < losses[0]
-
-
-def test_answers_call_one_another(tmp_path, capsys, short_training):
-    put_in_place(solved(tmp_path, ["gelu", "block"]))
-    block = lrurec.block_backward.__wrapped__
-    assert block.__globals__["gelu_backward"].__wrapped__.__module__ == "answers"
-
-
-def test_a_wrong_function_trains_beside_the_right_one(tmp_path, capsys, short_training):
-    path, = solved(tmp_path, ["scan_backward"])
-    with open(path, "a") as file:
-        file.write("\nours = scan_backward\ndef scan_backward(dh, lam, h, starts):\n"
-                   "    return ours(dh, lam.conj(), h, starts)\n")
-    assert grade_here(path, 0) == WRONG and "conjugate" in capsys.readouterr().out
-    assert train_here("--anyway", [path], 0) == 0
-    out = capsys.readouterr().out
-    assert "A falling loss proves nothing" in out and "*" in out and "yours" in out
-
-
-def test_the_list_marks_what_is_right_and_says_what_is_next(tmp_path, capfd, monkeypatch):
+def answers(tmp_path, monkeypatch):
+    """A function that writes our own answer into answers/; lrurec is as before afterwards."""
     monkeypatch.chdir(tmp_path)
-    solved(tmp_path, ["gelu"])
-    assert exercise_main(["start", "linear"]) == 0
-    assert exercise_main(["start", "linear"]) == 2
-    assert "there already" in capfd.readouterr().err
-    assert (tmp_path / "linear.py").read_bytes() == exercise_text("linear").encode()
-    assert exercise_main([]) == 0
-    lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("  x ")] == ["gelu"]
-    assert lines[-2:] == ["1 of 17 right, next: linear", "    python test_lrurec.py linear.py"]
+    monkeypatch.setitem(globals(), "STEPS", 10)
+    os.mkdir(FOLDER)
+    for name in IN_TRAINING:
+        monkeypatch.setattr(lrurec, name, ours(name))
+
+    def solve(exercise, more=""):
+        functions = map(ours, EXERCISES[exercise].functions)
+        with open(path_of(exercise), "w") as file:
+            file.write("\n".join([exercise_text(exercise), "from lrurec import *",
+                                  *map(inspect.getsource, functions), more]))
+    return solve
 
 
-@pytest.mark.parametrize("lines, message", [
-    ("return dout * maks", "gelu.py, line LINE: return dout * maks\n  NameError: name 'maks'"),
-    ("return dout *", "SyntaxError: invalid syntax (gelu.py, line LINE)"),
-    ("return exit(0)", "SystemExit: 0"),
-    ("pass", "your gelu_backward returned nothing: a return statement is missing"),
-    ("pass\nimport sys; sys.exit(0)", "import sys; sys.exit(0)\n  SystemExit: 0"),
-    ("pass\nfrom lrurec import gelu_backward", "your gelu_backward is replaced by an import"),
-    ("pass\ndel gelu_backward", "no function of an exercise"),
-    ("pass\ndef complex_in_backward(dout, cache): pass", "complex_out_backward is missing"),
-], ids=["name", "syntax", "exit", "nothing", "sys.exit", "import", "del", "one of two"])
-def test_a_wrong_file_is_told_what_is_wrong(lines, message, tmp_path, capsys):
-    text = exercise_text("gelu")
-    before, after = text.split("# your lines here")
-    assert grade_here(write(tmp_path / "gelu.py", before + lines + after), 0) == WRONG
-    assert message.replace("LINE", str(before.count("\n") + 1)) in capsys.readouterr().out
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_a_file_withholds_its_formula_and_with_our_answer_is_right(exercise, answers):
+    text = exercise_text(exercise)
+    assert formula(EXERCISES[exercise]) not in text and "Derivative:" not in text
+    assert text.isascii() and max(map(len, text.splitlines())) <= 102
+    answers(exercise)
+    assert grade_file(path_of(exercise)) == "right"
 
 
-@pytest.mark.parametrize("line, message", [
-    ("import os; os._exit(0)", "ended Python itself (exit code "), ("input()", "EOFError"),
-    ("while True: pass", "did not end within 2 seconds")], ids=["os._exit", "input", "endless"])
-def test_a_file_cannot_stop_or_fool_the_grader(line, message, tmp_path, capfd, monkeypatch):
-    monkeypatch.setitem(globals(), "TIME_LIMIT", 2 if "while" in line else 60)
-    assert exercise_main([write(tmp_path / "gelu.py", line)]) == 1
-    assert message in capfd.readouterr().out
+def test_the_list_grades_what_is_there_and_says_what_is_next(answers, capsys):
+    answers("gelu")
+    answers("lam", "def lam_backward(dlam, cache):\n    raise KeyboardInterrupt")
+    assert main(["linear"]) == 0 and main([]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"(\S+) +\d+ +\S+ +(\w+)\n", out) == [
+        ("linear", "wrong"), ("gelu", "right"), ("lam", "stopped")]
+    assert out.endswith("1 of 18 right. Next:\n    python test_lrurec.py differences\n")
 
 
-@pytest.mark.parametrize("arguments, code, part", [
-    (["gelu", "--hint"], 0, "product rule"), (["scan_backward"], 0, "dz = dL/d(Re z)"),
-    (["--help"], 0, "start gelu"), (["gelu", "scan"], 2, "give the file of an exercise: gelu.py"),
-    (["gelu.py", "--formula"], 0, "dx = dout"),
-    (["no_such"], 2, "neither an exercise nor a .py file"), (["no.py"], 2, "no.py is missing"),
-    (["train"], 2, "train needs a file"), (["start"], 2, "start needs one exercise")],
+def test_an_error_in_an_answer_is_python_s_traceback_cut_to_its_file(answers, capsys):
+    answers("dropout", "def dropout_backward(dout, mask):\n    return dout * maks")
+    assert main(["dropout"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("  File ") == 1 and f'File "{path_of("dropout")}", line ' in out
+    assert "NameError: name 'maks' is not defined" in out
+    assert out.endswith("(in a call of your dropout_backward for p = 0.4)\n")
+
+
+def test_a_training_shows_our_curve_and_the_learner_s(answers, capsys):
+    answers("gelu")
+    answers("scan_backward")
+    assert main(["train"]) == 0
+    out = capsys.readouterr().out
+    assert "in the model: gelu_backward, scan_backward\n" in out and "|lam| = 1" in out
+    assert len(re.findall(r"^ +\d+ +(\S+) +\1 +\*$", out, re.M)) == 2
+
+
+def test_a_wrong_answer_is_trained_with_too(answers, capsys):
+    answers("scan_backward", "ours = scan_backward\ndef scan_backward(dh, lam, h, starts):\n"
+            "    return ours(dh, lam.conj(), h, starts)")
+    assert main(["train", "scan_backward"]) == 1
+    assert "A falling loss proves nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["gelu", "lam", "--hint"], 0, "nu_log change by"), (["gelu", "--formula"], 0, "dx = dout"),
+    (["no_such"], 2, "'no_such' is neither a"), (["no.py"], 2, "there is no no.py"),
+    (["train"], 2, "there is no exercise in"), (["gelu", "--ml-100k"], 2, "goes with train"),
+    (["train", "differences"], 2, "a training uses none of these")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_what_a_command_says(arguments, code, part, capsys):
-    assert exercise_main(arguments) == code
+def test_what_a_command_says(words, code, said, answers, capsys):
+    if "differences" in words:
+        answers("differences")
+    assert main(words) == code
     captured = capsys.readouterr()
-    assert part in captured.out + captured.err
-
-
-def test_a_closed_pipe_is_no_traceback():
-    done = subprocess.run(f"{sys.executable} test_lrurec.py step | head -1", shell=True, cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.stdout.startswith('"""Exercise step') and not done.stderr
+    assert said in captured.out + captured.err
 
 
 def test_pytorch_gives_the_same_logits_loss_and_gradients():
@@ -2022,6 +1783,7 @@ def test_pytorch_gives_the_same_logits_loss_and_gradients():
     for scan in (torch_scan_loop, torch_scan()):
         differences = torch_differences(scan)
         assert max(differences.values()) < 1e-12, differences
+
 
 # ---------------------------------------------------------------------------------------------
 # The model, its optimizer and its file
@@ -3531,4 +3293,4 @@ def test_another_device_is_refused():
 
 
 if __name__ == "__main__":
-    sys.exit(commanded())
+    sys.exit(main())
