@@ -2719,6 +2719,30 @@ def test_a_run_from_python_is_found_by_the_commands_and_goes_on(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # Steps of a training
 
+# What golden_run gives, in its order. Made by
+#     python -c "import tempfile, test_lrurec as t; print(t.golden_run(tempfile.mkdtemp()))"
+GOLDEN = [2.50116292, 2.47529238, 2.4676161, 2.45740777, 2.42827949,
+          2.41437891, 2.33011564, 2.34497346, 2.31025461, 2.30136152]
+
+
+def golden_run(folder):
+    """The mean losses of ten epochs, two steps of AdamW each, on fixed events, in float64."""
+    folder = Path(folder)
+    events = [f"{u},{(u + t * t) % 11},{t}\n" for u in range(12) for t in range(9)]
+    config = train.configure(
+        data=write(folder / "golden.csv", "user,item,time\n" + "".join(events)), epochs=10,
+        d_model=4, batch_size=6, max_len=5, max_phase=1.0, dropout=0.3, lr=0.02, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lrurec, "init_params", functools.partial(lrurec.init_params, dtype=float))
+        patch.setattr(train, "MAX_NORM", 0.5)      # so that most gradients are clipped
+        state = train.fit(train.load_data(config), config, folder / "golden")
+    return [round(epoch["loss"], 8) for epoch in state["history"]]
+
+
+def test_a_training_in_float64_gives_the_golden_losses(tmp_path):
+    assert golden_run(tmp_path) == pytest.approx(GOLDEN, abs=1e-6)
+
+
 @pytest.mark.parametrize("n_rows, n_parts", [(1000, 2), (5900, 2), (6100, 4)])
 def test_shards_are_cut_at_the_walls_nearest_to_equal_parts(n_rows, n_parts):
     rng = np.random.default_rng(n_rows)
@@ -2736,36 +2760,36 @@ def test_shards_are_no_more_than_the_walls_allow():
     assert len(train.shards(*2 * [np.arange(9000)], np.zeros(9000, bool))) == 1
 
 
-def test_each_step_has_its_own_numbers_and_the_running_mean_is_the_model(tiny, tmp_path,
-                                                                         monkeypatch):
-    shards, states, real_update = set(), set(), lrurec.adamw_update
-    means = [lrurec.init_params(14, 8, n_blocks=3, max_phase=0.5, rng=np.random.default_rng(5))]
+def test_every_shard_of_every_step_has_its_own_dropout(tiny, tmp_path, monkeypatch):
+    states, real_loss_and_grads = [], lrurec.loss_and_grads
 
     def loss_and_grads(params, items, targets, starts, dropout, rng):
-        assert dropout == 0.1
-        shards.add(items.tobytes())
-        states.add(rng.bit_generator.state["state"]["state"])
-        return 1.0, {name: rng.normal(0, 9, p.shape).astype(p.dtype) for name, p in params.items()}
-
-    def update(params, grads, opt, lr, weight_decay):
-        assert lrurec.clip_gradients(grads, np.inf) == pytest.approx(5, rel=1e-3)
-        assert (lr, weight_decay) == (0.02, 0.3)
-        if opt["step"] == 0:
-            assert all((params[name] == start).all() for name, start in means[0].items())
-        real_update(params, grads, opt, lr, weight_decay)
-        d = min(0.4, (1 + opt["step"]) / (10 + opt["step"]))
-        means.append({name: m + (1 - d) * (params[name] - m) for name, m in means[-1].items()})
+        states.append(str(rng.bit_generator.state))
+        return real_loss_and_grads(params, items, targets, starts, dropout, rng)
 
     monkeypatch.setattr(lrurec, "loss_and_grads", loss_and_grads)
+    assert program(*tiny, "--epochs", 2, "--out", tmp_path / "run") == 0
+    assert len(states) == len(set(states)) == 2 * 4 * 2, "epochs, batches, shards"
+
+
+def test_with_average_the_model_is_the_running_mean_over_all_steps(tiny, tmp_path, monkeypatch):
+    weights, real_update = [], lrurec.adamw_update
+
+    def update(params, *arguments):
+        real_update(params, *arguments)
+        weights.append(copy.deepcopy(params))
+
     monkeypatch.setattr(lrurec, "adamw_update", update)
-    flags = "--n-blocks 3 --max-phase 0.5 --weight-decay 0.3 --average 0.4 --seed 5 --epochs 2"
-    assert program(*tiny, *flags.split(), "--out", tmp_path / "r") == 0
-    params, info = train.read_model(tmp_path / "r" / "model.npz")
-    for name, p in params.items():
-        assert relative_error(p, means[4 * info["epoch"]][name]) < 1e-6, name
-    data, scorer = train.load_data(info["config"]), train.model_scorer(params)
-    assert info["validation"] == train.evaluate(scorer, data, "validation", 200)
-    assert len(shards) == len(states) == 16, "of 2 epochs, 4 batches, 2 shards: all differ"
+    config = train.configure(data=tiny[1], d_model=4, batch_size=8, average=0.4, epochs=1)
+    data = train.load_data(config)
+    mean = train.new_state(data, config)["model"]  # the initial weights
+    train.fit(data, config, tmp_path)
+    for t, params in enumerate(weights, 1):
+        d = min(0.4, (1 + t) / (10 + t))
+        mean = {name: m + (1 - d) * (params[name] - m) for name, m in mean.items()}
+    model, info = train.read_model(tmp_path / "model.npz")
+    assert len(weights) == 4 and all(relative_error(model[name], mean[name]) < 1e-6 for name in mean)
+    assert info["validation"] == train.evaluate(train.model_scorer(model), data, "validation", 200)
 
 
 @pytest.mark.parametrize("users, events, size", [(5, 3, 1400), (3, 3002, 1), (40, 12, 140)])
