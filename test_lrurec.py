@@ -174,8 +174,8 @@ def complex_product_forward(a, w):
 
 
 def complex_product_backward(dz, dy, cache):
-    """dz (M,) complex is the gradient through the output z alone, dy (M,) real the one through the
-    output y alone; both come from a and w. -> da (M,) complex, dw (M,) complex
+    """z and y are both outputs: dz (M,) complex is the gradient through z alone, dy (M,) real the
+    one through y alone. -> da (M,) complex, dw (M,) complex
     Derivative: y = Re z adds dy to the real part of dz: in all dz + dy. Then da = conj(w) (dz + dy)
     and dw = conj(a) (dz + dy).
     """
@@ -185,12 +185,16 @@ def complex_product_backward(dz, dy, cache):
 
 
 def complex_in_plainly(x, B, b):
-    """complex_in_forward in complex numbers: out = x B + b; cache = (x, B)"""
+    """out = x B + b.    x (N, D) real, B (D, H), b (H,) complex -> out (N, H) complex
+    cache = (x, B)
+    """
     return x @ B + b, (x, B)
 
 
 def complex_out_plainly(h, C, b):
-    """complex_out_forward in complex numbers: out = Re(h C) + b; cache = (h, C)"""
+    """out = Re(h C) + b.    h (N, H), C (H, D) complex, b (D,) real -> out (N, D) real
+    cache = (h, C)
+    """
     return (h @ C).real + b, (h, C)
 
 
@@ -218,7 +222,7 @@ CACHES = {  # the names of what a cache holds, where it is a tuple
     "complex_product_backward": ["a", "w"], "lam_backward": ["nu", "theta", "lam"],
     "complex_in_backward": ["x", "B"], "complex_out_backward": ["h", "C"]}
 MAY_CHANGE = {"cross_entropy_backward": ("exps",), "adamw_update": ("params", "opt")}
-SHOWN_ROWS = 8                    # of a table; a longer one shows the first wrong tensor alone
+SHOWN_ROWS = 8                    # of a table; a longer one shows wrong tensors alone
 
 
 def ours(name):
@@ -352,12 +356,10 @@ def compare(name, call, given, title):
     if not wrong:
         return
     rows = [title, f"  {'tensor':26} {'shape':8} {'error':>8}"]
-    for key in expected if len(expected) <= SHOWN_ROWS else wrong[:1]:
+    for key in expected if len(expected) <= SHOWN_ROWS else wrong[:SHOWN_ROWS]:
         rows.append(table_row(key, given[key], expected[key], key in wrong))
-    if len(expected) > SHOWN_ROWS and len(wrong) > 1:
-        rows.append(f"  and {len(wrong) - 1} more of {len(expected)}, perhaps because of this one")
-    elif len(wrong) > 1:
-        rows.append(f"  first wrong: {wrong[0]}; the others perhaps because of it")
+    if len(wrong) > 1:
+        rows.append(f"  first wrong: {wrong[0]}; the other {len(wrong) - 1} perhaps because of it")
     if text := hint(name, call, wrong[0], given):
         rows.append(f"  hint: {text}")
     raise Wrong("\n".join(rows))
@@ -514,25 +516,25 @@ MISTAKES = {
     ("mask is 0 where x was dropped: the slope is mask, not 1 - mask",
      "dout * mask", "dout * (1 - mask)")],
 "gelu_backward": [
-    ("the product rule: x reaches out through s too", "s * (1 + x * r * (1 - s))", "s"),
-    ("the product rule: x reaches out directly too, with slope s",
+    ("the product rule: x enters out through s too", "s * (1 + x * r * (1 - s))", "s"),
+    ("the product rule: x enters out directly too, with slope s",
      "s * (1 + x * r * (1 - s))", "s * x * r * (1 - s)"),
-    ("y has a slope of its own: c (1 + 3 a x^2)", "r = 2 * GELU_C + 6 *", "r = 2 + 0 *"),
+    ("missing: the slope of y, c (1 + 3 a x^2)", "r = 2 * GELU_C + 6 *", "r = 2 + 0 *"),
     ("the slope of x^3 is 3 x^2", "6 * GELU_C", "2 * GELU_C"),
     ("s is the sigmoid of 2 y: that 2 belongs to its slope", "2 * GELU_C + 6", "GELU_C + 3"),
     ("s = (1 + tanh(y)) / 2: that 1/2 belongs to its slope", "2 * GELU_C + 6", "4 * GELU_C + 12"),
     ("tanh(y) is 2 s - 1, not s: its slope is 1 - (2 s - 1)^2",
      "s * (1 + x * r * (1 - s))", "s + x * r / 4 * (1 - s * s)")],
 "layer_norm_backward": [
-    ("x reaches out through the row's mean too", "dxhat - row_mean(dxhat)", "dxhat.copy()"),
-    ("x reaches out through rstd too", "dx -= xhat *", "xhat *"),
-    ("x reaches out through the row's mean and through rstd too",
+    ("x enters xhat through the row's mean too", "dxhat - row_mean(dxhat)", "dxhat.copy()"),
+    ("x enters xhat through rstd too", "dx -= xhat *", "xhat *"),
+    ("x enters xhat through the row's mean and through rstd too",
      "dx = dxhat - row_mean(dxhat)", "return rstd * dxhat, (dout * xhat).sum(0), dout.sum(0)"),
     ("the means are taken within each row, not over the rows",
      "= cache", "= cache; row_mean = lambda z: z.mean(0)"),
-    ("an entry moves rstd by its own xhat: xhat stands before the last mean",
+    ("an entry moves rstd by its own xhat: multiply the last mean by xhat",
      "xhat * row_mean", "row_mean"),
-    ("rstd moves by each entry's xhat: the last mean is one of dxhat * xhat",
+    ("the last mean is that of dxhat * xhat, not of dxhat",
      "(dxhat * xhat)", "(dxhat)"),
     ("where xhat grows, rstd falls: the last term is subtracted", "dx -= xhat", "dx += xhat"),
     ("rstd = var^(-1/2) has the slope -1/2 var^(-3/2): rstd^3",
@@ -540,12 +542,12 @@ MISTAKES = {
     ("scale comes first: the means are of dxhat = scale * dout", "scale * dout", "dout")],
 "cross_entropy_backward": [
     ("missing: the target's own logit, -1 in its column", "-= dloss * weights", "-= 0"),
-    ("softmax stands in all columns: all logits are in the sum",
+    ("the softmax belongs in every column, not only in the target's",
      "weights / sums)[:, None]", "weights / sums)[:, None] * xp.eye(len(dlogits[0]))[targets]"),
     ("the weight belongs to the softmax too", "dloss * weights / sums", "dloss / sums"),
     ("the loss subtracts the target's logit: -1 in its column",
      "-= dloss * weights", "+= dloss * weights"),
-    ("softmax stands in the target's column too: 1 is taken from it",
+    ("the target's column is softmax - 1, not -1 alone",
      "-= dloss * weights", "= -dloss * weights"),
     ("[:, targets] are whole columns; one entry in each row is [arange(N), targets]",
      "xp.arange(len(targets)), targets] -= dloss * weights",
@@ -564,14 +566,14 @@ MISTAKES = {
     ("missing: a conjugate; L changes by Re(conj(dlam) * change of lam)",
      "dlam.conj() * lam", "dlam * lam"),
     ("nu = exp(nu_log) changes by nu times the change of nu_log", "-nu * conj", "-conj"),
-    ("theta moves lam by i lam: Re(i z) is -Im z", ".imag", ".real"),
+    ("theta moves lam by i lam: take Re(i z) = -Im z", ".imag", ".real"),
     ("lam is an exponential: its slope is lam itself", "dlam.conj() * lam", "dlam.conj()")],
 "complex_in_backward": [
     ("missing: a conjugate; B is conjugated in dx",
      "(x, real_view(B))", "(x, real_view(B.conj()))"),
     ("too many: a conjugate; x is real, so dB is x^T dout",
      "dB.view(B.dtype)", "dB.view(B.dtype).conj()"),
-    ("x moves along the real axis: dx is a real part",
+    ("x is real: take the real part for dx, not the imaginary one",
      "return dx,", "return (dout @ B.conj().T).imag,")],
 "complex_out_backward": [
     ("missing: a conjugate; C is conjugated in dh", "dh.view(C.dtype)", "dh.view(C.dtype).conj()"),
@@ -580,11 +582,12 @@ MISTAKES = {
     ("missing: a conjugate; lam is conjugated on the way back", "lam.conj()", "lam"),
     ("missing: a conjugate; h is conjugated in dlam", "h[n - 1].conj()", "h[n - 1]"),
     ("dlam pairs g_n with h of the row before", "h[n - 1].conj()", "h[n].conj()"),
-    ("dlam takes g_n, in which later rows count, not dh_n",
+    ("dlam takes g_n, with what comes back from later rows, not dh_n",
      "1].conj() * g[n]", "1].conj() * dh[n]"),
     ("what comes back is added to row n - 1's own dh", "] += lam", "] = lam"),
     ("nothing comes back across a wall", "if not starts[n]", "if True"),
-    ("the wall of starts[n] stands between rows n - 1 and n",
+    ("row 0 has no row before it: h[-1] is the last row's", "- 1, 0, -1)", "- 1, -1, -1)"),
+    ("starts[n] is the wall between rows n - 1 and n",
      "if not starts[n]", "if not starts[n - 1]"),
     ("g_n needs g_{n+1}: from the last row to the first",
      "range(len(h) - 1, 0, -1)", "range(1, len(h))")],
@@ -601,12 +604,13 @@ MISTAKES = {
 "scan_backward": [
     ("missing: a conjugate; lam is conjugated on the way back", "lam.conj()", "lam"),
     ("missing: a conjugate; h is conjugated in dlam", "h[:-1].conj()", "h[:-1]"),
-    ("dlam takes g_n, in which later rows count, not dh_n", "* g[1:]", "* dh[1:]"),
+    ("dlam takes g_n, with what comes back from later rows, not dh_n", "* g[1:]", "* dh[1:]"),
     ("dlam pairs g_n with h of the row before", "h[:-1].conj() * g[1:]", "h[1:].conj() * g[1:]"),
-    ("a wall before row n parts h_{n-1} from g_n in dlam too", "products[starts[1:]] = 0", "pass"),
+    ("a wall before row n separates h_{n-1} from g_n in dlam too",
+     "products[starts[1:]] = 0", "pass"),
     ("row 0 has no row before it: g_0 is not in dlam",
      "products.sum(0)", "products.sum(0) + h[-1].conj() * g[0]"),
-    ("starts[n + 1] parts row n from row n + 1, read backwards too",
+    ("starts[n + 1] separates rows n and n + 1, also when read backwards",
      "xp.roll(starts, -1)", "starts"),
     ("g_n needs g_{n+1}: from the last row to the first",
      "dh[::-1], next_starts[::-1])[::-1]", "dh, starts)")],
@@ -614,17 +618,19 @@ MISTAKES = {
     ("gamma = exp(gamma_log) changes by gamma times the change of gamma_log",
      '"u"].conj()', '"u"].conj() / cache["gamma"]'),
     ("missing: a conjugate; dgamma_log is a sum of Re(conj(u) du)", '"u"].conj()', '"u"]'),
-    ("dgamma_log takes du, in which later rows count, not dh", ".conj() * du", ".conj() * dh"),
+    ("dgamma_log takes du, with what comes back from later rows, not dh",
+     ".conj() * du", ".conj() * dh"),
     ("gamma multiplies what goes in: dgamma_log takes u, not h", '"u"].conj()', '"h"].conj()'),
-    ("the imaginary parts count too: Re(conj(u) du) has two products",
+    ("Re(conj(u) du) = Re u Re du + Im u Im du: the imaginary parts count too",
      '"u"].conj() * du).real', '"u"].real * du.real)'),
     ("too many: a conjugate; scan_backward conjugates lam itself", '"lam"],', '"lam"].conj(),'),
     ("the residual is the block's, not the LRU's", "return dx,", "return dx + dout,")],
 "block_backward": [
-    ("the residual: x also goes round the feed-forward network",
+    ("missing: the residual; x also goes round the feed-forward network",
      '"linear1"])', '"linear1"]); dx = 0'),
-    ("the residual: x also goes round the LRU", "LRU_NAMES, dlru))", "LRU_NAMES, dlru)); dx = 0"),
-    ("round the feed-forward network goes dx of the norm, not dout",
+    ("missing: the residual; x also goes round the LRU",
+     "LRU_NAMES, dlru))", "LRU_NAMES, dlru)); dx = 0"),
+    ("what goes round the feed-forward network is dx of the norm, not dout",
      '"linear1"])', '"linear1"]); dx = dout.copy()'),
     ("missing: mask1, the dropout after the LRU", 'cache["mask1"]', "None"),
     ("missing: mask2, the dropout after GELU", 'cache["mask2"]', "None"),
@@ -635,28 +641,28 @@ MISTAKES = {
     ("a row of dE is the sum over the rows with that item, not their mean",
      "items, dx)", "items, dx / xp.bincount(items)[items][:, None])"),
     ("row 0 of E is a row like any other", "items, dx)", "items, dx); dE[0] = 0"),
-    ("backwards, the last block comes first",
+    ("go through the blocks from the last to the first",
      "reversed(range(len(block_caches)))", "range(len(block_caches))"),
     ("block k's gradients are named blocks.k, whatever their order",
      "blocks.{k}", "blocks.{len(block_caches) - 1 - k}"),
     ("missing: the dropout of the embedding", "dropout_backward(dx, mask)", "dx"),
     ("E gets what has come back through the blocks, not dhidden", "items, dx)", "items, dhidden)")],
 "loss_and_grads": [
-    ("a mean over the rows with a target, not over all N",
+    ("take the mean over the rows with a target, not over all N",
      "xp.maximum(weights.sum(), 1)", "len(weights)"),
-    ("a mean over the rows with a target, not a sum", "xp.maximum(weights.sum(), 1)", "1"),
+    ("take the mean over the rows with a target, not the sum", "xp.maximum(weights.sum(), 1)", "1"),
     ("a row without a target carries no loss", "(targets > 0)", "(targets >= 0)"),
     ("the loss is a mean, and so are its gradients",
      "backward(1,", "backward(max(1, (targets > 0).sum()),"),
     ("missing: the output's share of dE; E is used twice", 'grads["item_embedding"] += dE', "pass"),
     ("missing: the input's share of dE; E is used twice",
      'grads["item_embedding"] += dE', 'grads["item_embedding"] = dE'),
-    ("forward wants dropout and rng too", "starts, dropout, rng)\n    loss", "starts)\n    loss")],
+    ("pass dropout and rng to forward", "starts, dropout, rng)\n    loss", "starts)\n    loss")],
 "adamw_update": [
-    ("decay is no part of the gradient: it changes p alone, not m and v",
+    ("leave the decay out of g: it changes p alone, not m and v",
      "real_view(grads[name])",
      "real_view(grads[name]) + weight_decay * real_view(params[name]) * name.endswith(DECAYED)"),
-    ("decay comes before the step", "p -= lr * mhat",
+    ("p decays first, then takes the step", "p -= lr * mhat",
      "p -= (1 - lr * weight_decay * name.endswith(DECAYED)) * lr * mhat"),
     ("missing: the decay, 1 - lr weight_decay", "p *= 1 - lr * weight_decay", "pass"),
     ("only what ends with one of DECAYED decays", "if name.endswith(DECAYED)", "if True"),
@@ -664,15 +670,16 @@ MISTAKES = {
     ("v starts at 0 and is too small: vhat is v / (1 - beta2^t)", "v / (1 - beta2 ** t)", "v"),
     ("t counts this step too: it is 1 in the first", 't = opt["step"]', 't = opt["step"] - 1'),
     ("t is the number of steps so far, not always 1", 't = opt["step"]', "t = 1"),
-    ("eps stands outside the root", "xp.sqrt(vhat) + eps", "xp.sqrt(vhat + eps)"),
+    ("eps is added to the root, not under it", "xp.sqrt(vhat) + eps", "xp.sqrt(vhat + eps)"),
     ("a complex entry is two real ones, each with its own g^2, not |g|^2",
      "g * g", "xp.repeat(abs(grads[name]) ** 2, g.size // grads[name].size, -1)"),
     ("beta1 belongs to m, beta2 to v", "beta1, beta2 = betas", "beta2, beta1 = betas")],
 "step": [
-    ("the residual: x + y after the LRU", 'x + y, p["lru_norm', 'y, p["lru_norm'),
-    ("the residual: x + y after the feed-forward network", 'x + y, p["ffn_norm', 'y, p["ffn_norm'),
+    ("missing: the residual, x + y after the LRU", 'x + y, p["lru_norm', 'y, p["lru_norm'),
+    ("missing: the residual, x + y after the feed-forward network",
+     'x + y, p["ffn_norm', 'y, p["ffn_norm'),
     ("missing: gamma, in u = gamma * (x B + b_B)", 'xp.exp(p["lru.gamma_log"]) * z', "z"),
-    ("the output comes from the new state", "(new_state[k]", "(state[k]"),
+    ("take the output from the new state", "(new_state[k]", "(state[k]"),
     ("each block has a state of its own: state[k]", "* state[k]", "* state[0]")]}
 
 
@@ -984,8 +991,8 @@ both sides; np.ndindex(z.shape) goes through all entries. A complex entry can mo
 directions, along 1 and along 1j: which of the two slopes is the real part of the gradient, and
 what is the other?""",
     task="the gradient of any loss, by central differences. Nearly all exercises are graded with "
-    "it, so you need to believe nobody. Where you move an entry of z, put back what stood there: "
-    "z + delta - delta is not always z",
+    "it, so you need not take our word for them. Where you move an entry of z, put back what stood "
+    "there: z + delta - delta is not always z",
     may_call=[]),
 "linear": Exercise(
     15, ["linear_backward"],
@@ -1039,8 +1046,8 @@ through h_{n+1} = lam h_n + u_{n+1}, unless a wall stands there. Call the whole 
 In which order of rows can you find it? Then u_n and lam are one product away.""",
     task="the gradients of scan_loop, by a loop over the rows",
     given=[lrurec.scan_loop], may_call=[],
-    told="""dh (N, H) is the gradient of h_n through row n's own output alone.
-dh (N, H), lam (H,), h (N, H) of scan_loop, all complex, starts (N,)
+    told="""dh (N, H) is the gradient of h through each row's own output alone; lam (H,) and
+h (N, H) are those of scan_loop; all complex; starts (N,)
 -> dlam (H,) complex, du (N, H) complex""",
     formula="""g_n = dh_n + conj(lam) g_{n+1}, without the last term where row n + 1 is behind a
 wall; du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall."""),
@@ -1048,7 +1055,8 @@ wall; du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a
     120, ["scan"],
     """Rows 0 and 1, 2 and 3, ... are pairs. Suppose somebody gave you h of all odd rows: how would
 you get the even ones, all at once? And the odd rows alone: what recurrence do they obey, with which
-eigenvalue, which input and which walls? It is the same problem at half the length.""",
+eigenvalue, which input and which walls? It is the same problem at half the length. (Another way: let
+each row collect what 1, 2, 4, ... rows before it have to give.)""",
     task="the result of scan_loop in about log N array operations, without an N x N array. The "
     "grader counts the lines that Python executes: they may grow like log N. A recursion that "
     "solves its halves one after the other runs as many lines as there are rows, which is not "
@@ -1133,8 +1141,8 @@ NAMES = [name for exercise in EXERCISES.values() for name in exercise.functions]
 NOTES = {  # a word, and what a learner is told where it occurs
     "": """Sizes: N rows of a batch, V items (ids 1..V; id 0 is "nothing yet"), D model width,
 H complex state width, F feed-forward width, K blocks; M, I and O any width. Rows count from 0.
-dname is the gradient of the loss L with respect to name. xp is NumPy. Do not change the inputs,
-where nothing else is said.""",
+dname is the gradient of the loss L with respect to name. xp is NumPy. Leave the inputs unchanged,
+unless you are told otherwise.""",
     "starts": """Walls: the rows of all users stand one after another, and where starts[n] is True
 the state is zero before row n. A wall always stands before row 0, whatever starts[0] says.""",
     "complex": """Complex numbers: a complex z is two real ones, and dz = dL/d(Re z) + i dL/d(Im z);
@@ -1189,7 +1197,7 @@ def heading(name):
             "    # your lines here\n")
 
 
-def helper(name):
+def helper_text(name):
     """The import of what may be called, and what it does."""
     value = getattr(lrurec, name)
     if inspect.isfunction(value):
@@ -1209,31 +1217,19 @@ def exercise_text(name):
     parts = [heading(function) for function in asked]
     if shown:
         parts += ["# ---- Given\n", *map(inspect.getsource, shown)]
-    helpers, called_above = helpers_of(exercise, shown, words("\n".join(parts)))
-    if called_above:
-        parts.append(f"# What is given calls\nfrom lrurec import {', '.join(called_above)}\n")
+    callers = shown if exercise.may_call is not None else [*shown, *map(ours, asked)]
+    needed = {word for function in callers for word in function.__code__.co_names}
+    needed.update(exercise.may_call or ())
+    helpers = [helper for helper, value in vars(lrurec).items()
+               if inspect.isfunction(value) and helper in needed - {*asked} and value not in shown
+               or helper.isupper() and helper in needed | words("\n".join(parts))]
     if helpers:
-        parts += ["# ---- You may call\n", *map(helper, helpers)]
+        parts += ["# ---- From lrurec: you may call it\n", *map(helper_text, helpers)]
     body = "\n\n".join(parts).rstrip()
     task = textwrap.fill(f"Write {' and '.join(asked)}: {exercise.task}.", 96)
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
     return FILE.format(exercise=name, hint=f"{name} --hint", formula=f"{name} --formula",
                        minutes=exercise.minutes, task=task, notes=notes, body=body)
-
-
-def helpers_of(exercise, shown, mentioned):
-    """Names in lrurec: those that an answer may need, and the other functions that what is shown
-    calls. mentioned: the words above, which may name constants."""
-    needed, called_above = set(exercise.may_call or ()), set()
-    if exercise.may_call is None:
-        needed = {word for name in exercise.functions for word in ours(name).__code__.co_names}
-    for function in shown:
-        called_above.update(function.__code__.co_names)
-    functions = {name for name, value in vars(lrurec).items() if inspect.isfunction(value)
-                 and value not in shown and name not in exercise.functions}
-    constants = {name for name in vars(lrurec) if name.isupper() and name in mentioned | needed}
-    return ([name for name in vars(lrurec) if name in needed & functions | constants],
-            [name for name in vars(lrurec) if name in (called_above - needed) & functions])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1403,8 +1399,8 @@ def train_with(paths, on_ml_100k):
         return 1
     show_curves(ours, yours)
     if "wrong" in verdicts:
-        print("\nA falling loss proves nothing: a wrong gradient often learns too, at times as "
-              "well,\nand you would never know. The grader tells.")
+        print("\nA falling loss proves nothing: a wrong gradient often learns too, sometimes "
+              "faster,\nand you would never know. The grader tells.")
         return 1
     print("\nThe circle is |lam| = 1; a digit counts the eigenvalues in its place.\n"
           f"{'Before':44}and after")
@@ -1548,16 +1544,16 @@ def main(arguments=None):
     parser.add_argument("--hint", action="store_true", help="what to ask yourself")
     parser.add_argument("--formula", action="store_true", help="the answer as a formula")
     parser.add_argument("--ml-100k", action="store_true", help="train on ML-100K")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     words = args.words
     if words == ["check"]:
         return int(not check_gradients() < 1e-6)
     if words == ["pytorch"]:
         return compare_with_pytorch()
-    if not words:
+    if not words and not (args.hint or args.formula or args.ml_100k):
         list_exercises()
         return 0
-    training = words[0] == "train"
+    training = words[:1] == ["train"]
     if training:                                   # without a name: with all that is in answers/
         words = words[1:] or [name for name in EXERCISES if os.path.exists(path_of(name))]
         if not words:
@@ -1571,7 +1567,7 @@ def main(arguments=None):
         if (training or word not in EXERCISES) and not os.path.exists(path_of(word)):
             return refuse(f"there is no {path_of(word)}")
     if args.hint or args.formula:
-        if training or not EXERCISES.keys() >= set(words):
+        if not words or not EXERCISES.keys() >= set(words):
             return refuse("--hint and --formula go with an exercise: python test_lrurec.py gelu "
                           "--hint")
         for word in words:
@@ -1768,6 +1764,7 @@ def test_a_wrong_answer_is_trained_with_too(answers, capsys):
     (["gelu", "lam", "--hint"], 0, "nu_log change by"), (["gelu", "--formula"], 0, "dx = dout"),
     (["no_such"], 2, "'no_such' is neither a"), (["no.py"], 2, "there is no no.py"),
     (["train"], 2, "there is no exercise in"), (["gelu", "--ml-100k"], 2, "goes with train"),
+    (["train", "--ml-100k", "gelu"], 2, "there is no answers"), (["--hint"], 2, "an exercise"),
     (["train", "differences"], 2, "a training uses none of these")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_what_a_command_says(words, code, said, answers, capsys):
@@ -2513,7 +2510,7 @@ def test_only_four_settings_of_a_run_may_differ_when_it_is_resumed():
     ("--ties x", "argument --ties: invalid choice: 'x' (choose from "),
     ("--epochs x", "argument --epochs: invalid integer value: 'x'"),
     ("--epohcs 3", "unrecognized arguments: --epohcs 3 (see python train.py train --help)"),
-    ("--epochs 0", "--epochs must be"), ("--data ml100k", "ml100k is not a file; known by name are"),
+    ("--epochs 0", "--epochs must be"), ("--data ml100k", "ml100k is not a file; known by name"),
     ("--data pairs --min-count 0", "no user has the 3 events of a test"),
     ("--out pairs", "pairs exists: choose another --out, continue its run with --resume pairs, or"),
     ("--resume nowhere", "nowhere/last.npz: No such file or directory: --resume takes the folder"),
@@ -2788,7 +2785,8 @@ def test_with_average_the_model_is_the_running_mean_over_all_steps(tiny, tmp_pat
         d = min(0.4, (1 + t) / (10 + t))
         mean = {name: m + (1 - d) * (params[name] - m) for name, m in mean.items()}
     model, info = train.read_model(tmp_path / "model.npz")
-    assert len(weights) == 4 and all(relative_error(model[name], mean[name]) < 1e-6 for name in mean)
+    assert len(weights) == 4
+    assert all(relative_error(model[name], m) < 1e-6 for name, m in mean.items())
     assert info["validation"] == train.evaluate(train.model_scorer(model), data, "validation", 200)
 
 
