@@ -146,7 +146,8 @@ def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles
     titles          a text file of item ids and titles, with title_columns "ITEM,TITLE" likewise
     delimiter       of these files, where a first line could be divided in several ways
     """
-    files = [path for path in (source, titles) if path is not None and path not in NAMES]
+    files = [] if source in NAMES else [source]
+    files += [] if titles is None else [titles]
     for path in files:
         if not os.path.isfile(path):               # a pipe could be read only once
             raise DataError(f"{path} is not a file; known by name are {' and '.join(NAMES)}")

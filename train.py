@@ -55,6 +55,7 @@ from data import (NAMES, TIES, DataError, batches, full_histories, histories, lo
 
 # ---- The settings of a run
 
+LARGE = 2 ** 31 - 1
 SETTINGS = {
     # name: (default, what it may be: a type, the ends of a range, or choices; help)
     "data": ("ml-100k", str, "a file of interactions, ml-100k or ml-1m"),
@@ -62,22 +63,22 @@ SETTINGS = {
     "delimiter": (None, str, "what separates the fields, where the first line leaves it open"),
     "titles": (None, str, "a file of item ids and titles"),
     "title_columns": (None, str, "ITEM,TITLE of --titles, as in --columns"),
-    "min_count": (5, (0, inf), "drop items, then users, with fewer events; 0 keeps all"),
+    "min_count": (5, (0, LARGE), "drop items, then users, with fewer events; 0 keeps all"),
     "ties": ("item", TIES, "order of a user's events at equal times"),
     "rank_seen": (False, bool, "also rank and recommend what is in the history"),
-    "max_len": (200, (1, inf), "events of a history that the model sees, or none for all"),
-    "d_model": (64, (1, inf), "model width"),
-    "n_blocks": (2, (1, inf), "number of blocks"),
+    "max_len": (200, (1, LARGE), "events of a history that the model sees, or none for all"),
+    "d_model": (64, (1, LARGE), "model width"),
+    "n_blocks": (2, (1, LARGE), "number of blocks"),
     "max_phase": (0.01, (1e-9, 1.0), "fraction of the circle where the eigenvalues start"),
     "dropout": (0.5, (0.0, 0.99), "dropout rate"),
     "lr": (2e-3, (0.0, inf), "learning rate of AdamW"),
     "weight_decay": (0.01, (0.0, inf), "weight decay of AdamW"),
     "average": (0.0, (0.0, 0.999999), "decay of the running mean of the weights; 0: no mean"),
-    "batch_size": (None, (1, inf), "windows in a batch, or none for about 1,400 events' worth"),
-    "epochs": (50, (1, inf), "maximum number of epochs"),
-    "patience": (15, (1, inf), "stop after so many epochs without a better Recall@10"),
-    "seed": (42, (0, inf), "random seed"),
-    "threads": (os.cpu_count() or 1, (1, inf), "threads; the results do not depend on it"),
+    "batch_size": (None, (1, LARGE), "windows in a batch, or none for about 1,400 events' worth"),
+    "epochs": (50, (1, LARGE), "maximum number of epochs"),
+    "patience": (15, (1, LARGE), "stop after so many epochs without a better Recall@10"),
+    "seed": (42, (0, LARGE), "random seed"),
+    "threads": (os.cpu_count() or 1, (1, LARGE), "threads; the results do not depend on it"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 MAY_DIFFER = ("data", "epochs", "patience", "threads")            # when a run is resumed
@@ -95,16 +96,16 @@ def configure(saved=None, **given):
     """All settings of a run, a dict: the defaults, then those saved with a run or a model (names
     that we no longer have are ignored), then those given. Paths become absolute. Raises DataError
     for a wrong setting, and for one that differs from what was saved but is not in MAY_DIFFER."""
-    before = DEFAULTS | {name: saved[name] for name in SETTINGS if name in (saved or {})}
-    config = before | given
+    known = DEFAULTS | {name: saved[name] for name in SETTINGS if name in (saved or {})}
+    config = known | given
     for name, value in config.items():
         check_setting(name, value)
     for name in ("data", "titles"):
         if config[name] is not None and config[name] not in NAMES:
             config[name] = os.path.abspath(config[name])
     for name in given:
-        if saved and name not in MAY_DIFFER and config[name] != before[name]:
-            raise DataError(f"{flag(name)} is {config[name]} here, but it was {before[name]} in "
+        if saved and name not in MAY_DIFFER and config[name] != known[name]:
+            raise DataError(f"{flag(name)} is {config[name]} here, but it was {known[name]} in "
                             "training: leave it out, or start a new run")
     return config
 
@@ -121,7 +122,7 @@ def check_setting(name, value):
     if kind in (int, float):
         low, high = allowed
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        right = is_number and low <= value <= high and value < inf             # False for nan
+        right = is_number and low <= value <= high and value < inf             # nan is not
         wanted = "an integer" if kind is int else "a number"
         wanted += f" >= {low}" if high == inf else f" from {low} to {high}"
     else:
@@ -131,7 +132,7 @@ def check_setting(name, value):
 
 
 def kind_of(name):
-    """The type of a setting: str, int, float or bool."""
+    """The type of a setting: a type as it is, else that of the first end or choice."""
     allowed = SETTINGS[name][1]
     return type(allowed[0]) if isinstance(allowed, tuple) else allowed
 
@@ -158,7 +159,7 @@ def ranks(scores, seen, truth, rank_seen):
     leave_out(scores, seen, rank_seen)
     true_scores = scores[np.arange(len(truth)), truth]
     behind = scores < true_scores[:, None]         # where a score is nan, nothing is
-    rank = (~behind).sum(1) - 1.0                  # without the true item itself
+    rank = (~behind).sum(1) - 1.0                  # the true item is not behind itself
     rank[np.isneginf(true_scores)] = np.inf
     return rank
 
@@ -202,7 +203,8 @@ def model_scorer(params):
                              "[[50, 100]]; a new user's is [0]")
         lengths = [len(history) for history in seen]
         ends = np.cumsum(lengths)
-        starts = np.isin(np.arange(ends[-1]), ends - lengths)     # a wall before each history
+        starts = np.zeros(ends[-1], bool)
+        starts[ends - lengths] = True              # a wall before each history
         hidden = lrurec.encode(params, np.concatenate(seen), starts)
         scores = lrurec.to_host(lrurec.score(params, hidden[lrurec.xp.asarray(ends - 1)]))
         if not np.isfinite(scores[:, 1:]).all():                  # column 0 is -inf
@@ -334,7 +336,7 @@ def shards(items, targets, starts):
     """Cut a batch at the walls nearest to equal shares -> a list of (items, targets, starts), each
     of about SHARD_ROWS rows; on a GPU one of all rows."""
     N = len(items)
-    n_parts = 2 * max(1, round(N / SHARD_ROWS / 2))               # even: two threads end together
+    n_parts = 2 * max(1, round(N / SHARD_ROWS / 2))               # even: equal work for two threads
     if lrurec.xp is not np:
         n_parts = 1
     walls, cuts = np.append(0, np.flatnonzero(starts)), {0, N}
@@ -393,7 +395,7 @@ def save_state(folder, state, validation=None):
     DataError."""
     epoch = len(state["history"])
     facts = {name: state[name] for name in FACTS} | {"epoch": epoch}
-    if best_epoch(state["history"]) == epoch > 0:
+    if epoch and best_epoch(state["history"]) == epoch:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, "metrics.json"))       # of the model before
         with writing(folder, "model.npz") as path:
@@ -404,14 +406,6 @@ def save_state(folder, state, validation=None):
     arrays = {prefix + name: p for prefix, group in groups.items() for name, p in group.items()}
     with writing(folder, "last.npz") as path:
         lrurec.save(path, arrays, **facts, step=state["opt"]["step"], history=state["history"])
-
-
-def save_report(folder, report):
-    """metrics.json. Raises DataError."""
-    with writing(folder, "metrics.json") as path:
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-        os.replace(path + ".part", path)
 
 
 @contextlib.contextmanager
@@ -425,8 +419,7 @@ def writing(folder, name):
         with contextlib.suppress(OSError):
             os.remove(path + ".part")
         raise DataError(f"{folder} cannot be written ({error.strerror}): check its permissions and "
-                        f"the free disk space; --resume {folder} continues from the last epoch "
-                        "that was saved") from None
+                        "the free disk space; what was saved there before is whole") from None
 
 
 @contextlib.contextmanager
@@ -496,14 +489,13 @@ def refuse_existing(out):
 def load_data(config, trained=None):
     """The data that config names. trained: the state or the model of a run on them, whose titles
     are taken; other data are refused. Raises DataError."""
-    source, titles = config["data"], config["titles"]
+    source, titles, title_columns = config["data"], config["titles"], config["title_columns"]
     if trained:
-        titles = None
+        titles = title_columns = None
         if source not in NAMES and not os.path.exists(source):
             raise DataError(f"{source} is not there any more: say where it is with --data")
     data = load_dataset(source, config["min_count"], config["ties"], config["seed"],
-                        config["columns"], titles, titles and config["title_columns"],
-                        config["delimiter"])
+                        config["columns"], titles, title_columns, config["delimiter"])
     if trained:
         refuse_other_data(data, trained["digest"])
         data = data._replace(titles=trained["titles"])
@@ -530,7 +522,8 @@ def print_table(results):
 
 def train_command(args, given):
     """Train in a new folder, or continue in that of a run; then test."""
-    if args.resume:
+    resume = args.resume is not None
+    if resume:
         folder = args.resume
         state = read_state(folder)
         config = configure(state["config"], **given)
@@ -540,21 +533,20 @@ def train_command(args, given):
         refuse_existing(args.out)                  # before the data are read, which may take long
         data = load_data(config)
         folder = new_folder(args.out, config["data"])
-    for line in data.report:
-        print(line)
+    print(*data.report, sep="\n")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)       # fit refuses inf and nan
-            state = fit(data, config, folder, resume=bool(args.resume))
+            state = fit(data, config, folder, resume)
         test_model(folder, state, data)
         sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError) as error:         # Ctrl-C costs an epoch at most
         progress("")
         if os.path.exists(os.path.join(folder, "last.npz")):
-            why = "output pipe closed" if isinstance(error, BrokenPipeError) else "\ninterrupted"
+            why = "output pipe closed" if isinstance(error, BrokenPipeError) else "interrupted"
             run = shlex.quote(folder.replace(os.sep, "/"))
             device = " --device gpu" if args.device == "gpu" else ""
-            print(f"{why}; completed epochs are saved, continue with: "
+            print(f"\n{why}; completed epochs are saved, continue with: "
                   f"python train.py --resume {run}{device}", file=sys.stderr)
         raise
 
@@ -567,12 +559,16 @@ def test_model(folder, state, data):
     results = {name: evaluate(scorer, data, "test", config["max_len"], config["threads"],
                               config["rank_seen"]) for name, scorer in scorers.items()}
     seconds = sum(epoch["seconds"] for epoch in history)
-    save_report(folder, {
+    report = {
         "data": {"name": data.name, "users": len(data.user_ids), "items": len(data.item_ids) - 1,
                  "events": len(data.items), "digest": data.digest},
         "config": config, "epoch": info["epoch"], "seconds": seconds, "history": history,
         "validation": info["validation"], "test": results["LRURec"],
-        "baselines": {"popularity": results["popularity"], "markov": results["Markov"]}})
+        "baselines": {"popularity": results["popularity"], "markov": results["Markov"]}}
+    with writing(folder, "metrics.json") as path:
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+        os.replace(path + ".part", path)
     print(f"\ntest, best epoch {info['epoch']}, trained for {seconds:.0f} s")
     print_table(results)
 
@@ -587,19 +583,21 @@ def evaluate_command(args, given):
 
 def compare_command(args, given):
     """Validation and test metrics of finished runs, their mean and sample standard deviation."""
-    tables, sizes = {"validation": {}, "test": {}}, {}
+    tables, tasks = {"validation": {}, "test": {}}, {}
     for folder in args.folders:
         path = os.path.join(folder, "metrics.json")
         with reading(path, "the metrics of a run", "give the folders of finished runs"):
             with open(path, encoding="utf-8") as file:
                 report = json.load(file)
-            size = "{users:,} users, {items:,} items, {events:,} events".format(**report["data"])
-            sizes[size] = folder
+            task = "{users:,} users, {items:,} items, {events:,} events".format(**report["data"])
+            if report["config"]["rank_seen"]:
+                task += ", with --rank-seen"
+            tasks[task] = folder
             for split, table in tables.items():
-                table[folder] = {name: report[split][name] for name in SHOWN}
-    if len(sizes) > 1:
-        listed = "; ".join(f"{folder}: {size}" for size, folder in sizes.items())
-        raise DataError(f"these are runs on different data: {listed}")
+                table[folder] = {name: float(report[split][name]) for name in SHOWN}
+    if len(tasks) > 1:
+        listed = "; ".join(f"{folder}: {task}" for task, folder in tasks.items())
+        raise DataError(f"these runs cannot be compared: {listed}")
     for split, table in tables.items():
         values = [list(row.values()) for row in table.values()]
         if len(values) > 1:
@@ -829,7 +827,7 @@ def progress(text, begin=0.0, done=0, left=0):
     Nothing where stderr is no terminal."""
     if sys.stderr.isatty():
         if done:
-            text += f"  at most {left * (time.perf_counter() - begin) / done:.0f} s to go"
+            text += f"  about {left * (time.perf_counter() - begin) / done:.0f} s to go"
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
 
@@ -845,7 +843,7 @@ def integer(text):
 
 def make_parser():
     """The flags of all commands. argparse converts, configure judges."""
-    parser = Parser(prog="train.py", description=__doc__,
+    parser = Parser(prog="train.py", description=__doc__.partition("\n\nSettings, ")[0],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -864,8 +862,9 @@ def make_parser():
                 how = {"type": integer if kind_of(setting) is int else float}
             if needs_model and setting == "data":
                 default = "the training's"
-            p.add_argument(flag(setting), help=f"{meaning} (default: {default})",
-                           default=argparse.SUPPRESS, **how)       # only what was typed
+            if default is not None:
+                meaning += f" (default: {default})"
+            p.add_argument(flag(setting), help=meaning, default=argparse.SUPPRESS, **how)
         if settings:
             p.add_argument("--device", choices=("cpu", "gpu"),
                            help="gpu: an NVIDIA GPU through CuPy (default: cpu)")
@@ -882,7 +881,7 @@ def make_parser():
     p.add_argument("folders", nargs="+", metavar="RUN", help="folder of a finished run")
     p = command("recommend", recommend_command, "recommend after a history, or for users",
                 ["data"], needs_model=True)
-    p.add_argument("items", nargs="*", metavar="TITLE-OR-ID",
+    p.add_argument("items", nargs="*", default=[], metavar="TITLE-OR-ID",
                    help="the history, oldest first; without one, an item a line of input")
     p.add_argument("--user", metavar="ID", help="for this user of the data, as CSV")
     p.add_argument("--all-users", action="store_true", help="for all users of the data, as CSV")
@@ -895,16 +894,16 @@ def make_parser():
 
 
 def parse_arguments(argv):
-    """-> args, and the settings among them that were typed, a dict. Raises DataError."""
+    """-> args, and a dict of the settings that were typed. Raises DataError."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "recommend" and not any(word.startswith("-") for word in rest):
-        args.items, rest = args.items + rest, []   # those after a flag, before Python 3.12.7
+        args.items, rest = args.items + rest, []   # argparse leaves those behind a flag over
     if rest:
-        parser.prog += f" {args.command}"          # its --help lists the right ones
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise DataError(f"unrecognized arguments: {' '.join(rest)} (see python train.py "
+                        f"{args.command} --help)")
     return args, {name: value for name, value in vars(args).items() if name in SETTINGS}
 
 
