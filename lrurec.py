@@ -94,7 +94,8 @@ def gelu_backward(dout, cache):
 
 
 def row_mean(x):
-    """x (N, D) -> (N, 1): x.mean(1, keepdims=True), as a product, which saves 3 % of a step."""
+    """x (N, D) -> (N, 1): x.mean(1, keepdims=True), as a product. By turns in one process, a step
+    with x.mean took 2 to 6 % longer on a Xeon, 25 % on an EPYC."""
     return x @ xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
 
 
@@ -145,7 +146,8 @@ def dropout_backward(dout, mask):
 
 
 def random_bytes(shape, rng):
-    """Uniform bytes, eight from each 64-bit draw: random floats would cost 3 % of a step."""
+    """Uniform bytes, eight from each 64-bit draw. By turns in one process, a step with random
+    floats took 5 to 13 % longer."""
     size = math.prod(shape)
     bits = rng.integers(2 ** 64 - 1, size=(size + 7) // 8, dtype=np.uint64, endpoint=True)
     return bits.view(np.uint8)[:size].reshape(shape)
@@ -399,7 +401,7 @@ def cross_entropy_forward(logits, targets, weights):
     """
     logits -= logits.max(1, keepdims=True)         # the loss stays the same, and exp <= 1
     target_logits = logits[xp.arange(len(targets)), targets]
-    exps = xp.exp(logits, out=logits)              # in place, here and below: saves 5 % of a step
+    exps = xp.exp(logits, out=logits)              # in place, as below: 2 to 5 % of a step
     sums = exps.sum(1)
     loss = weights @ (xp.log(sums) - target_logits)
     return loss, (exps, sums, targets, weights)
