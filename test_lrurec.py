@@ -1251,9 +1251,12 @@ def load_answers(path):
 
 
 def grade_file(path, show=print):
-    """Grade the answers in a file, and show what is found -> "right", "wrong", "error" or, after
-    Ctrl-C, "stopped". An error is shown as Python shows it, cut to the file."""
+    """Grade the answers in a file, and show what is found -> "right", "wrong", "empty", "error" or,
+    after Ctrl-C, "stopped". An error is shown as Python shows it, cut to the file."""
     word = os.path.basename(path).removesuffix(".py")
+    if word in EXERCISES and Path(path).read_text(encoding="utf-8") == exercise_text(word):
+        show(f"{path}: the body is still empty")
+        return "empty"
     try:
         answers = load_answers(path)
         asked = EXERCISES[word].functions if word in EXERCISES else answers
@@ -1374,31 +1377,39 @@ def show_curves(ours, yours):
         print(f"{n:4}  {ours[n]:6.3f} {yours[n]:6.3f}   {''.join(line).rstrip()}")
 
 
+def train_ml_100k():
+    """train.py's own run with the functions in place; in float64, as they were graded."""
+    print("Some minutes, in a new folder of runs/. Ctrl-C ends it: what --resume goes on with are our "
+          "functions.", flush=True)
+    lrurec.init_params = functools.partial(lrurec.init_params, dtype=np.float64)
+    return train.main(["train"])
+
+
 def train_with(paths, on_ml_100k):
     """Train once with ours and once with the functions in the files, right or wrong; print both
     losses and, where they are right, the eigenvalues. Or run train.py with them -> exit code."""
-    verdicts = {grade_file(path) for path in paths}
-    if verdicts & {"error", "stopped"}:
+    verdicts = {path: grade_file(path) for path in paths}
+    if {"error", "stopped"} & {*verdicts.values()}:
         return 1
+    paths = [path for path, verdict in verdicts.items() if verdict != "empty"]
     found = {name for path in paths for name in load_answers(path)}
     names = [name for name in IN_TRAINING if name in found]
     if not names:
         return refuse("a training uses none of these functions; those that it uses: "
                       + ", ".join(IN_TRAINING))
     print(f"Your functions in the model: {', '.join(names)}", flush=True)
-    if on_ml_100k:
-        put_in_place(paths)
-        lrurec.init_params = functools.partial(lrurec.init_params, dtype=np.float64)
-        return train.main(["train"])
-    ours, _, _ = train_small()
+    if not on_ml_100k:
+        ours, _, _ = train_small()
     put_in_place(paths)
     try:
+        if on_ml_100k:
+            return train_ml_100k()
         yours, before, after = train_small()
     except Exception as error:
         print(f"the training with them stopped:\n{traceback_in(paths, error)}")
         return 1
     show_curves(ours, yours)
-    if "wrong" in verdicts:
+    if "wrong" in verdicts.values():
         print("\nA falling loss proves nothing: a wrong gradient often learns too, sometimes "
               "faster,\nand you would never know. The grader tells.")
         return 1
@@ -1731,7 +1742,7 @@ def test_the_list_grades_what_is_there_and_says_what_is_next(answers, capsys):
     assert main(["linear"]) == 0 and main([]) == 0
     out = capsys.readouterr().out
     assert re.findall(r"(\S+) +\d+ +\S+ +(\w+)\n", out) == [
-        ("linear", "wrong"), ("gelu", "right"), ("lam", "stopped")]
+        ("linear", "empty"), ("gelu", "right"), ("lam", "stopped")]
     assert out.endswith("1 of 18 right. Next:\n    python test_lrurec.py differences\n")
 
 
@@ -2614,7 +2625,7 @@ def test_scores_of_another_shape_and_scores_that_are_not_finite_are_refused(fort
 
 @pytest.mark.parametrize("histories", [[], [[1], []], [1, 2], np.array([1, 2])], ids=str)
 def test_a_model_scores_only_lists_of_histories(histories):
-    with pytest.raises(ValueError, match="a list of histories, each of one event or more"):
+    with pytest.raises(ValueError, match="a list of histories, each of one item or more"):
         train.model_scorer(tiny_params())(histories)
 
 

@@ -199,8 +199,8 @@ def model_scorer(params):
     """The model as a scorer for evaluate. It raises DataError where a score is not finite."""
     def scorer(seen):
         if not len(seen) or any(np.ndim(history) != 1 or not len(history) for history in seen):
-            raise ValueError("a scorer takes a list of histories, each of one event or more, as in "
-                             "[[50, 100]]; a new user's is [0]")
+            raise ValueError("a scorer takes a list of histories, each of one item or more, as in "
+                             "[[3, 7]]; a new user's is [0]")
         lengths = [len(history) for history in seen]
         ends = np.cumsum(lengths)
         starts = np.zeros(ends[-1], bool)
