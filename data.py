@@ -13,12 +13,12 @@ the official LRURec code for MovieLens, except where a docstring says otherwise.
 Does NOT guess: what a file's first line leaves open is asked for. Does NOT read JSON, Parquet or
 anything else that is not delimited text, nor use ratings or any other column.
 """
+import contextlib
 import csv
 import gzip
 import hashlib
 import http.client
 import io
-import itertools
 import math
 import operator
 import os
@@ -78,11 +78,11 @@ def training_rows(data, max_len=None):
     items = np.roll(targets, 1)
     items[first] = 0
     begins = np.flatnonzero(first).tolist()                       # each user's first row
-    windows = [0]
+    windows, step = [0], max_len or len(items)
     for begin, end in zip(begins, [*begins[1:], len(items)]):
         # Each window's end, from the last one back. Rows 10:17 at max_len 3: the ends are 17, 14
         # and 11, so the windows are 10:11, 11:14 and 14:17
-        windows += reversed(range(end, begin, -(max_len or len(items))))
+        windows += reversed(range(end, begin, -step))
     windows = np.array(windows)
     starts = first.copy()
     starts[1:] |= first[:-1]                                      # a user's row 1
@@ -146,19 +146,18 @@ def load_dataset(source, min_count=5, ties="item", seed=42, columns=None, titles
     titles          a text file of item ids and titles, with title_columns "ITEM,TITLE" likewise
     delimiter       of these files, where a first line could be divided in several ways
     """
-    files = [] if source in NAMES else [source]
-    files += [] if titles is None else [titles]
+    files = [path for path in (source, titles) if path not in (*NAMES, None)]
     for path in files:
         if not os.path.isfile(path):               # a pipe could be read only once
-            raise DataError(f"{path} is not a file; known by name are {' and '.join(NAMES)}")
+            known = f"; known by name are {' and '.join(NAMES)}" if path == source else ""
+            raise DataError(f"{path} is not a file{known}")
     if ties not in TIES:
         raise DataError(f"ties must be one of {', '.join(TIES)} (got {ties!r})")
     if source in NAMES and columns is not None:
         raise DataError(f"--columns is for a file: the columns of {source} are known")
     if titles is None and title_columns is not None:
         raise DataError("--title-columns are those of --titles: give both")
-    if delimiter is not None and not any(delimiter and delimiter in first_line(path)[1]
-                                         for path in files):
+    if delimiter == "" or delimiter and all(delimiter not in first_line(p)[1] for p in files):
         raise DataError(f"--delimiter {delimiter!r} is not in the first line of a file")
 
     if source in NAMES:
@@ -207,16 +206,15 @@ def prepare(events, name, min_count, ties, seed):
     order = order[keep[order]]                     # without the events that are dropped
     users, items, times = users[order], items[order], events.times[order]
 
-    left, lengths = np.unique(users, return_counts=True)          # the users that are left
-    user_ids = [user_ids[k] for k in left]
+    kept_users, lengths = np.unique(users, return_counts=True)
+    user_ids = [user_ids[k] for k in kept_users]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    left, items = np.unique(items, return_inverse=True)           # and the items, without gaps
-    item_ids = ["", *(item_ids[k] for k in left)]
+    kept_items, items = np.unique(items, return_inverse=True)     # items: 0, 1, ... without gaps
+    item_ids = ["", *(item_ids[k] for k in kept_items)]
     items += 1                                                    # 0 is the empty history
-    digest = hashlib.sha256(np.concatenate([items, offsets]).astype("<i8", copy=False))
-    for raw in item_ids[1:]:
-        digest.update(b"\0" + raw.encode())
-    data = Dataset(name, items, offsets, user_ids, item_ids, item_ids, digest.hexdigest())
+    numbers = np.concatenate([items, offsets]).astype("<i8").tobytes()
+    digest = hashlib.sha256(numbers + "\0".join(item_ids).encode()).hexdigest()
+    data = Dataset(name, items, offsets, user_ids, item_ids, titles=item_ids, digest=digest)
     facts = describe(data, times if events.has_times else None, dropped)
     return data._replace(report=(*events.report, *facts))
 
@@ -224,16 +222,13 @@ def prepare(events, name, min_count, ties, seed):
 def sort_ids(codes, raw_ids):
     """codes, positions in raw_ids -> positions in the ascending raw ids, and these.
 
-    They ascend as int where all are, else as float where all are, else as text; equal numbers (01
-    and 1) as text.
+    They ascend as int where all are, else as float where all are, else as text; ids of one number
+    (01 and 1) stay in order of text.
     """
     ascending = sorted(raw_ids)
-    for number in (int, float):
-        try:
+    for number in (float, int):                    # int last: exact where all are whole numbers
+        with contextlib.suppress(ValueError):      # not all are such numbers
             ascending = sorted(ascending, key=number)             # stable
-            break
-        except ValueError:                                        # not all are such numbers
-            continue
     position = {raw: k for k, raw in enumerate(ascending)}
     return np.array([position[raw] for raw in raw_ids], codes.dtype)[codes], ascending
 
@@ -255,8 +250,8 @@ def filter_events(users, items, by_item, min_count):
         keep &= np.bincount(codes, weights=keep)[codes] >= min_count
         counts.append(keep.sum())
     repeats, of_items, of_users = -np.diff(counts)
-    return keep, (f"dropped: {repeats:,} repeats of the previous event, {of_items:,} events of "
-                  f"items and {of_users:,} events of users with fewer than {min_count}")
+    return keep, (f"dropped: {repeats:,} repeats; {of_items:,} events of items and {of_users:,} "
+                  f"events of users with fewer than {min_count}")
 
 
 def describe(data, times, dropped):
@@ -273,9 +268,9 @@ def describe(data, times, dropped):
         share = ties / max(1, len(times) - len(lengths))          # of those that have one before
         lines.append(f"{share:.0%} of events have the same time as their user's previous event")
     last = data.items[data.offsets[1:] - 1]                       # (users,) the test items
-    had = np.bincount(user[data.items == last[user]])             # how often, the test included
+    times_seen = np.bincount(user[data.items == last[user]])      # the test event is one of them
     tested = lengths >= 3
-    seen = np.sum(tested & (had > 1))
+    seen = np.sum(tested & (times_seen > 1))
     lines.append(f"{seen:,} of {tested.sum():,} test items are already in their user's history"
                  + (": they count as misses without --rank-seen" if seen else ""))
     return lines
@@ -284,7 +279,7 @@ def describe(data, times, dropped):
 def dates(first, last):
     """Two times as text: as dates where both look like seconds or milliseconds since 1970."""
     for scale in (1, 1000):
-        if 1e8 * scale <= first and last < 1e11 * scale:
+        if 1e8 * scale <= first and last < 1e10 * scale:          # from 1973 to 2286
             return [f"{datetime.fromtimestamp(time / scale, timezone.utc):%Y-%m-%d %H:%M}"
                     for time in (first, last)]
     return [str(time).removesuffix(".0") for time in (first, last)]
@@ -299,11 +294,11 @@ KNOWN = {                                          # in lower case, without blan
     "item": "item itemid iid movieid videoid productid asin parentasin bookid trackid "
             "articleid".split(),
     "time": "timestamp timems timestampms unixreviewtime unixtime datetime eventtime eventdate "
-            "createdat ratedat time ts date".split(),
+            "eventtimestamp createdat ratedat time ts date".split(),
     "title": "title movietitle itemtitle producttitle prodname name caption".split()}
-USUAL = set(itertools.chain(*KNOWN.values()))
-FLAGS = {"user": "--columns USER,ITEM[,TIME]", "item": "--title-columns ITEM,TITLE"}
-MISSING = {"", "nan", "null", "none", "na", "n/a", "\\n"}         # in lower case
+USUAL = {name for names in KNOWN.values() for name in names}
+FLAGS = {"user": "--columns USER,ITEM[,TIME]", "item": "--title-columns ITEM,TITLE"}   # first role
+MISSING = {"", "nan", "null", "none", "na", "n/a", "#n/a", "<na>", "\\n"}      # in lower case
 
 
 def read_events(path, columns=None, delimiter=None):
@@ -312,9 +307,8 @@ def read_events(path, columns=None, delimiter=None):
     has_times = len(names) == 3
     users, items, times = array("i"), array("i"), array("d")
     user_codes, item_codes = {}, {}                # raw id -> 0, 1, 2, ...
-    first = None
     for n, fields in records:
-        if first is None:                          # its time decides for all
+        if not users:                              # the first event's time decides for all
             first, numeric = fields, has_times and is_number(fields[2])
         user, item = fields[0].strip(), fields[1].strip()
         try:
@@ -326,7 +320,7 @@ def read_events(path, columns=None, delimiter=None):
         except ValueError as problem:
             hint = ". If this line is a header, give --columns by name" if n == 1 else ""
             raise DataError(f"{path}, line {n}: {problem}{hint}") from None
-    if first is None:
+    if not users:
         raise DataError(f"{path} has a header but no events: it needs a line for each event")
     origins = [f"{role} from {name}" for role, name in zip(("user", "item", "time"), names)]
     if not has_times:
@@ -371,8 +365,8 @@ def read_time(text, numeric):
     except ValueError:
         pass
     raise ValueError(f"the time {text!r}: times must be all finite numbers or all ISO 8601, as in "
-                     "2024-05-01 12:30; in pandas: d['time'] = pandas.to_datetime(d['time'], "
-                     "format='%d/%m/%Y')")
+                     "2024-05-01 12:30: delete the line or, in pandas, d['time'] = "
+                     "pandas.to_datetime(d['time'], format='%d/%m/%Y')")
 
 
 def read_titles(path, columns=None, delimiter=None, encoding="utf-8-sig"):
@@ -389,11 +383,12 @@ def read_table(path, roles, columns=None, delimiter=None, encoding="utf-8-sig"):
     delimiter   taken if the first line holds it, else chosen
     records     yields (line number, the fields in the wanted columns); raises DataError too
     """
-    wanted = wanted_columns(columns, roles)
+    wanted = None if columns is None else [untyped(name) for name in columns.split(",")]
+    if wanted and ("" in wanted or not 2 <= len(set(wanted)) == len(wanted) <= len(roles)):
+        raise DataError(f"{FLAGS[roles[0]]} must be different names or numbers (got {columns!r})")
     number, line = first_line(path, encoding)
     try:
-        delimiter = choose_delimiter(line, roles, wanted, delimiter)
-        fields = split_line(line, delimiter)
+        delimiter, fields = divide(line, roles, wanted, delimiter)
         where = choose_columns(fields, roles, wanted)
     except ValueError as problem:
         raise DataError(f"{path}, line {number}: {problem}") from None
@@ -405,36 +400,23 @@ def read_table(path, roles, columns=None, delimiter=None, encoding="utf-8-sig"):
     return names, delimiter, read_records(path, rows, header, len(fields), where)
 
 
-def wanted_columns(columns, roles):
-    """"USER,ITEM" as ["USER", "ITEM"]; None stays None. Raises DataError."""
-    if columns is None:
-        return None
-    wanted = [untyped(name) for name in columns.split(",")]
-    if not 2 <= len(wanted) <= len(roles) or len(set(wanted)) < len(wanted) or "" in wanted:
-        raise DataError(f"{FLAGS[roles[0]]} must be different names or numbers (got {columns!r})")
-    return wanted
-
-
 def by_number(wanted):
     return wanted is not None and all(name.isdecimal() for name in wanted)
 
 
-def choose_delimiter(line, roles, wanted, given):
-    """The delimiter of a file, from its first line: the given one or a tab, if the line holds it,
-    else the only one that yields all wanted columns. Raises ValueError where several do."""
-    for delimiter in (given, "\t"):
-        if delimiter and delimiter in line:
-            return delimiter
-    fields_of = {d: split_line(line, d) for d in DELIMITERS if d in line}
+def divide(line, roles, wanted, given):
+    """A file's delimiter and the fields of its first line. The given one or a tab, if the line
+    holds it, else the only one that yields all wanted columns. Raises ValueError for several."""
+    certain = [d for d in (given, "\t") if d and d in line]
+    fields_of = {d: split_line(line, d) for d in certain[:1] or DELIMITERS}
     complete = [d for d, fields in fields_of.items()
                 if all(find_columns(fields, roles, wanted).values())]
     if len(complete) > 1:
         raise ValueError(f"it can be divided at {' or '.join(map(repr, complete))}: give one as "
                          f"--delimiter. The line: {line.strip()[:400]!r}")
-    if complete:
-        return complete[0]
-    # No delimiter will do. The one with most fields lets choose_columns show them
-    return max(fields_of, key=lambda d: len(fields_of[d]), default=",")
+    # If none will do, choose_columns refuses the one with most fields, and shows them
+    delimiter = max(complete or fields_of, key=lambda d: len(fields_of[d]))
+    return delimiter, fields_of[delimiter]
 
 
 def find_columns(fields, roles, wanted):
@@ -461,10 +443,10 @@ def choose_columns(fields, roles, wanted):
     elif missing:
         problem = f"no header names the columns {', '.join(missing)}"
     elif several:
-        problem = (f"several columns for {'; '.join(several)} (of one name? then delete this line "
-                   "and choose by number)")
-    elif len(where) < len(roles) and wanted is None and len(fields) > 2:
-        problem = "no column has a usual name for the time"
+        problem = (f"several columns for {'; '.join(several)} (if they have one name, delete this "
+                   "line and choose by number)")
+    elif wanted is None and len(where) < len(roles) and len(fields) > 2:
+        problem = "no column has a usual name for the time"       # which two columns may lack
     elif headings and by_number(wanted):
         problem = f"{headings[0]!r} looks like a header, but by number every line is an event"
     else:
@@ -487,12 +469,14 @@ def plain(name):
 def read_records(path, rows, header, width, where):
     """Yield (line number, the fields at where) of each line below the header that is not blank.
     rows: a csv.reader; header: its line, or 0. Raises DataError."""
-    n, pick = header, operator.itemgetter(*where)
+    n, pick = 0, operator.itemgetter(*where)
     try:
-        for n, fields in enumerate(itertools.islice(rows, header, None), header + 1):
+        for n, fields in enumerate(rows, 1):
+            if n <= header:
+                continue
             if rows.line_num != n:
                 raise DataError(f"{path}, line {n}: a field in quotes goes on in the next line: "
-                                "check its quotes")
+                                "check its quotes, or drop that column")
             if len(fields) == width:
                 yield n, pick(fields)
             elif "".join(fields).strip():
@@ -500,7 +484,8 @@ def read_records(path, rows, header, width, where):
                                 f"{width}: correct it; between , ; or | a field that holds the "
                                 "delimiter stands in quotes")
     except csv.Error as error:
-        raise DataError(f"{path}, line {n + 1}: {error}: check its quotes") from None
+        raise DataError(f"{path}, line {n + 1}: {error}: check its quotes, or drop "
+                        "that column") from None
 
 
 def split_line(line, delimiter):
@@ -608,7 +593,8 @@ def recbole_wheel():
                    "--disable-pip-version-check", "--dest", folder, RECBOLE]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise OSError(f"pip: {done.stderr.strip().splitlines()[-1]}")
+            *_, reason = done.stderr.strip().rpartition("\n")
+            raise OSError(f"pip: {reason}")
         with open(os.path.join(folder, os.listdir(folder)[0]), "rb") as file:
             return file.read()
 

@@ -665,7 +665,7 @@ def load(path):
 
 # ---- The array backend: CuPy in place of NumPy, on request. All of the above runs on either.
 
-CPU = np, scan, random_bytes, ROWS_PER_CHUNK
+CPU = np, scan, random_bytes, ROWS_PER_CHUNK       # what use_device("cpu") puts back
 
 
 def use_device(device):
@@ -689,7 +689,9 @@ def gpu():
         raise RuntimeError(f"CuPy cannot use an NVIDIA GPU ({' '.join(str(error).split())}): use "
                            "--device cpu, or install a driver and CuPy: python -m pip install "
                            '"cupy-cuda12x[ctk]" (cupy-cuda13x for CUDA 13)') from None
-    scan_kernel = cupy.ElementwiseKernel(          # one thread walks one segment of one channel
+    # Thread i is for row i / H and channel i % H. On the first row of a segment it walks all of the
+    # segment; elsewhere it does nothing. h holds u at first
+    scan_kernel = cupy.ElementwiseKernel(
         "raw T lam, raw bool starts, int64 N, int64 H", "raw T h", """
         long long row = i / H, c = i % H;
         if (row == 0 || starts[row]) {
@@ -699,7 +701,7 @@ def gpu():
                 h[row * H + c] = state;
             }
         }""", "lru_scan")
-    bytes_kernel = cupy.ElementwiseKernel(         # splitmix64 (Steele et al. 2014) of seed + i
+    bytes_kernel = cupy.ElementwiseKernel(         # splitmix64 (Steele et al. 2014), started at seed
         "uint64 seed", "uint8 out", """
         unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;

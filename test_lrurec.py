@@ -2270,7 +2270,7 @@ def test_the_report_says_what_was_read_and_dropped(tmp_path):
         "columns: user from user, item from iid, time from ts",
         "first event: '1', '9', '1000000000'",
         f"{path}: 2 users, 2 items, 5 events from 2001-09-09 01:46 to 2001-09-11 01:46",
-        "dropped: 1 repeats of the previous event, 1 events of items and 1 events of users with "
+        "dropped: 1 repeats; 1 events of items and 1 events of users with "
         "fewer than 2",
         "33% of events have the same time as their user's previous event",
         "1 of 1 test items are already in their user's history: they count as misses without "
@@ -2316,7 +2316,7 @@ def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
     data = reader.load_dataset(path, min_count=2)
     assert data.item_ids == ["", "1", "2"] and data.user_ids == ["0", "1"]
     assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
-    assert data.report[3] == ("dropped: 1 repeats of the previous event, 1 events of items and 1 "
+    assert data.report[3] == ("dropped: 1 repeats; 1 events of items and 1 "
                               "events of users with fewer than 2")
 
 
