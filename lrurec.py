@@ -701,7 +701,7 @@ def gpu():
                 h[row * H + c] = state;
             }
         }""", "lru_scan")
-    bytes_kernel = cupy.ElementwiseKernel(         # splitmix64 (Steele et al. 2014), started at seed
+    bytes_kernel = cupy.ElementwiseKernel(         # splitmix64 (Steele et al. 2014) of seed + i
         "uint64 seed", "uint8 out", """
         unsigned long long z = (seed + i + 1) * 0x9E3779B97F4A7C15ULL;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
