@@ -212,9 +212,10 @@ def prepare(events, name, min_count, ties, seed):
     kept_items, items = np.unique(items, return_inverse=True)     # items: 0, 1, ... without gaps
     item_ids = ["", *(item_ids[k] for k in kept_items)]
     items += 1                                                    # 0 is the empty history
-    numbers = np.concatenate([items, offsets]).astype("<i8").tobytes()
-    digest = hashlib.sha256(numbers + "\0".join(item_ids).encode()).hexdigest()
-    data = Dataset(name, items, offsets, user_ids, item_ids, titles=item_ids, digest=digest)
+    digest = hashlib.sha256(np.concatenate([items, offsets]).astype("<i8", copy=False))
+    digest.update("\0".join(item_ids).encode())
+    data = Dataset(name, items, offsets, user_ids, item_ids, titles=item_ids,
+                   digest=digest.hexdigest())
     facts = describe(data, times if events.has_times else None, dropped)
     return data._replace(report=(*events.report, *facts))
 
