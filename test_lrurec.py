@@ -2012,9 +2012,8 @@ def test_pickled_objects_are_not_loaded(tmp_path):
 # Every right file says: user 1 saw item 10 at 100 s and 11 at 200 s, user 2 saw 10 at 50 s
 EVENTS = "1,11,200\n1,10,100\n2,10,50\n"
 PLAIN = "user,item,time\n" + EVENTS
-RIGHT = {  # content, then columns and delimiter where they are given
+RIGHT_FILES = {  # content, then columns and delimiter where they are given
     "usual names in any case": ["reviewerID,Movie Id,unix_review-time\n" + EVENTS],
-    "RecBole's names": ["user_id:token,item_id:token,timestamp:float\n" + EVENTS],
     **{f"delimiter {text!r}": [PLAIN.replace(",", text)] for text in ("\t", "::", ";", "|", " ")},
     "by number, the item first": ["11::1::5.0::200\n10::1::4.0::100\n10::2::1.0::50\n", "2,1,4"],
     "by name": ["when,what,x,who\n200,11,,1\n100,10,,1\n50,10,,2\n", "who,what,when"],
@@ -2025,18 +2024,16 @@ RIGHT = {  # content, then columns and delimiter where they are given
                                        ' , \r\n"1",10,100,\r\n2,10,"50",c'],
     "quotes in tab-separated titles": [
         'user\titem\ttime\ttitle\n1\t11\t200\t"Heroes\n1\t10\t100\tMix 12"\n2\t10\t50\tb\n'],
-    "two delimiters, one yields the names": [
-        "user,item,time,genres|tags\n1,11,200,a|b\n1,10,100,a\n2,10,50,b\n"],
+    "two delimiters, one has the names": ["user,item,time,a|b\n1,11,200,\n1,10,100,\n2,10,50,\n"],
     "two delimiters, one is given": ["1;10;3,5\n1;11;4,0\n2;10;2,5\n", "1,2", ";"],
-    "a delimiter of two characters": [EVENTS.replace(",", "||"), "1,2,3", "||"],
     "numbers as times": ["user,item,time\n1,11,2e2\n1,10,100.5\n2,10,-7\n"],
     "dates as times": ["user,item,time\n1,11,2024-05-01 12:30:00.1\n1,10,2024-05-01T14:30+02:00 \n"
                        "2,10,2024-05-01 12:00 UTC\n"],
     "lines that stand twice": [PLAIN + EVENTS]}
 
 
-@pytest.mark.parametrize("content, columns, delimiter",
-                         [(*case, None, None)[:3] for case in RIGHT.values()], ids=RIGHT)
+@pytest.mark.parametrize("content, columns, delimiter", [
+    (*case, None, None)[:3] for case in RIGHT_FILES.values()], ids=RIGHT_FILES)
 def test_every_right_file_gives_the_same_data(content, columns, delimiter, tmp_path):
     path = write(tmp_path / "f", content)
     data = reader.load_dataset(path, 0, columns=columns, delimiter=delimiter)
@@ -2055,8 +2052,7 @@ def test_a_file_whose_name_ends_in_gz_is_gzip(tmp_path):
 
 WRONG_FILES = {  # content, what the message says, and the columns where they are given
     "empty": ("\n \n", "f is empty"), "a header alone": ("user,item\n", "a header but no events"),
-    "no header": ("1,10,1/2/2019\n",
-                  "line 1: no header .*1 '1', 2 '10', 3 '1/2/2019'. Give --columns USER,ITEM"),
+    "no header": ("1,10,9\n", "line 1: no header .*1 '1', 2 '10', 3 '9'. Give --columns USER,ITEM"),
     "a header without a time": ("user,item,is_read\n1,2,1\n", "no column has .* the time.*'is_"),
     "two times": ("user,item,date,time_ms\n1,2,3,4\n", "several .* time: 'date', 'time_ms'"),
     "one name twice": ("a,b,b\n1,2,3\n", "several columns for b: 'b', 'b'.*delete", "a,b"),
@@ -2067,16 +2063,13 @@ WRONG_FILES = {  # content, what the message says, and the columns where they ar
     "an address": ("2001:db8::1,a\n", "at '::' or ',': give one as --delimiter.*db8::1,a'", "1,2"),
     "a decimal comma": ("u;a;3,5\n", "at ',' or ';': give one", "1,2"),
     "few fields": ("user,item,time\n1,2,3\n1,2\n", "line 3: 2 fields, but the first line has 3"),
-    "an empty field too many": ("user,title,item,time,x\n1,Heat,2,3,\n1,Rock, The,2,3,\n",
-                                "line 3: 6 fields, .*stands in quotes"),
+    "an empty field too many": ("a,b,x\n1,2,\n1,R, T,\n", "line 3: 4 .*stands in quotes", "a,b"),
     "a tab in quotes": ('user\ttime\titem\n1\t"a\tb"\t2\n', "line 2: 4 fields"),
     "the header again": ("who,what\n1,2\nwho,what\n", "line 3: a header again, 'who'", "who,what"),
     "a usual header below": ("1,2\nItem_ID,userId\n", "line 2: a header again", "1,2"),
     "a quote over lines": ('time,user,item\n1,1,2\n"2,1,3\n3",1,4\n', "line 3: .*check its quotes"),
     "text after a quote": ('user,item\n1,"2"x\n', "line 2: .*check its quotes"),
-    "a quote to the end": ('time,user,item\n1,1,2\n"2,1,3\n3,1,4\n', "line 3: .*check its quotes"),
     "an id that begins with a quote": ('user,item\n1,"""2"""\n', "line 2: the id '\"2\"' holds"),
-    "an id in quotes between tabs": ('"u"\t"a"\n', "line 1: the id '\"u\"' holds a quote", "1,2"),
     "a quote in an id between tabs": ('1\t2\n1\t12"\n', "line 2: the id '12\"' holds", "1,2"),
     **{f"id {raw!r}": (f"user,item,time\n1,{raw},3\n", "line 2: .* marks a missing value")
        for raw in ("", "NaN", "null", "None", "N/A", "\\N")},
@@ -2087,55 +2080,23 @@ WRONG_FILES = {  # content, what the message says, and the columns where they ar
     "Latin-1": ("user,item\n1,Café\n".encode("latin-1"), "cannot be read .'utf-8' codec.*in UTF-8")}
 
 
-@pytest.mark.parametrize("content, message, columns",
-                         [(*case, None)[:3] for case in WRONG_FILES.values()], ids=WRONG_FILES)
-def test_every_wrong_file_is_refused_with_its_place_and_what_to_do(
-        content, message, columns, tmp_path):
+@pytest.mark.parametrize("content, message, columns", [
+    (*case, None)[:3] for case in WRONG_FILES.values()], ids=WRONG_FILES)
+def test_every_wrong_file_is_refused_in_a_line_with_its_path(content, message, columns, tmp_path):
     path = write(tmp_path / "f", content)
     with pytest.raises(reader.DataError, match=message) as error:
         reader.load_dataset(path, columns=columns)
     assert path in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"source": "ml100k"}, "ml100k is not a file; known by name are ml-100k and ml-1m"),
-    ({"titles": "nowhere"}, "nowhere is not a file"),
-    ({"ties": "no"}, "ties must be one of item, file, random .got 'no'"),
-    ({"columns": "user"}, "--columns USER,ITEM.,TIME. must be different names .*got 'user'"),
-    ({"columns": "a,,b"}, "got 'a,,b'"), ({"columns": "a,a:token"}, "must be different"),
-    ({"source": "ml-100k", "columns": "1,2"}, "the columns of ml-100k are known"),
-    ({"title_columns": "1,2"}, "--title-columns are those of --titles"),
-    ({"titles": "f", "title_columns": "1,2,3"}, "--title-columns ITEM,TITLE must be"),
-    ({"delimiter": "::"}, "--delimiter '::' is not in the first line"), ({"delimiter": ""}, "''")])
-def test_a_wrong_setting_is_refused(settings, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "f", PLAIN)
-    with pytest.raises(reader.DataError, match=message):
-        reader.load_dataset(**{"source": "f", "min_count": 0, **settings})
-
-
 @pytest.mark.parametrize("content, columns, delimiter", [
     ('movieId,title,genres\n10,"Rock, The",Action\n12,Other,\n', None, None),
-    ("N1\tx\tOther\n10\tx\tRock, The\n\n", "1,3", None),
-    ("10,old,x|y\n10,\"Rock, The\",x|y\n11,,x\n", "1,2", ","),
-    ("id::words::x\n10::Rock, The::Drama|War\n", "id,words", None)])
+    ("10,old,x|y\n10,\"Rock, The\",x|y\n11,,x\n\n", "1,2", ",")])
 def test_an_item_without_a_title_has_its_id(content, columns, delimiter, tmp_path):
-    data = reader.load_dataset(
-        write(tmp_path / "f", PLAIN), 0, titles=write(tmp_path / "t", content),
-        title_columns=columns, delimiter=delimiter)
+    path, titles = write(tmp_path / "f", PLAIN), write(tmp_path / "t", content)
+    data = reader.load_dataset(path, 0, titles=titles, title_columns=columns, delimiter=delimiter)
     assert data.titles == ["", "Rock, The", "11"]
     assert data.report[-1] == "titles: for 1 of 2 items"
-
-
-@pytest.mark.parametrize("content, message, columns", [
-    ("item,name\n7,x\n", "no title for an item of", None),
-    ("{'asin': '10', 'title': 'x'}\n", "line 1: no header .*'asin'.*Give --title-columns", None),
-    ("item,by,title,x\n1,Adams,Guide,\n2,Brown, Dan,Origin,\n", "line 3: 5 fields", None),
-    ('1,"Toy Story (1995)",Comedy|Drama\n', "line 1: .* at ',' or '|' or ' ': give one", "1,2")])
-def test_wrong_titles_are_refused(content, message, columns, tmp_path):
-    path, titles = write(tmp_path / "f", PLAIN), write(tmp_path / "t", content)
-    with pytest.raises(reader.DataError, match=message):
-        reader.load_dataset(path, 0, titles=titles, title_columns=columns)
 
 
 def test_the_report_says_what_was_read_and_dropped(tmp_path):
@@ -2153,27 +2114,23 @@ def test_the_report_says_what_was_read_and_dropped(tmp_path):
         "--rank-seen")
 
 
-def test_without_a_time_the_report_has_none(tmp_path):
-    path = write(tmp_path / "f", "1,10\n1,11\n1,12\n")
-    assert reader.load_dataset(path, 0, columns="1,2").report[::2] == (
-        "columns: user from column 1, item from column 2, time from the order of the lines",
-        f"{path}: 1 users, 3 items, 3 events",
-        "0 of 1 test items are already in their user's history")
-
-
 @pytest.mark.parametrize("first, last, shown", [
-    ("1334448000000", "1334534400000", "from 2012-04-15 00:00 to 2012-04-16 00:00"),
-    ("2012-04-15", "2012-04-16T01:00+01:00", "from 2012-04-15 00:00 to 2012-04-16 00:00"),
-    ("20120415", "20120416", "from 20120415 to 20120416"), ("0.5", "7", "from 0.5 to 7")])
-def test_the_report_shows_the_first_and_last_time(first, last, shown, tmp_path):
-    path = write(tmp_path / "f", f"user,item,time\n1,1,{first}\n1,2,{last}\n")
-    assert reader.load_dataset(path, 0).report[2].endswith(f"2 events {shown}")
+    (",1334448000000", ",1334534400000", " from 2012-04-15 00:00 to 2012-04-16 00:00"),
+    (",2012-04-15", ",2012-04-16T01:00+01:00", " from 2012-04-15 00:00 to 2012-04-16 00:00"),
+    (",20120415", ",20120416", " from 20120415 to 20120416"), (",0.5", ",7", " from 0.5 to 7"),
+    ("", "", "")])
+def test_the_report_shows_the_first_and_last_time_where_there_is_one(first, last, shown, tmp_path):
+    header = "user,item,time" if shown else "user,item"
+    path = write(tmp_path / "f", f"{header}\n1,1{first}\n1,2{last}\n")
+    report = reader.load_dataset(path, 0).report
+    assert report[2] == f"{path}: 1 users, 2 items, 2 events{shown}"
+    assert ("time from the order of the lines" in report[0]) == (not shown)
+    assert any("the same time" in line for line in report) == bool(shown)
 
 
 @pytest.mark.parametrize("raw_ids, ascending", [
-    ("10 9 1", "1 9 10"), ("b 10 9", "10 9 b"), ("1 01", "01 1"),
+    ("10 9 1", "1 9 10"), ("b 10 9", "10 9 b"), ("1 01", "01 1"), ("10.0 9.5 1", "1 9.5 10.0"),
     ("09007199254740993 9007199254740992", "9007199254740992 09007199254740993"),
-    ("10.0 9.5 1", "1 9.5 10.0"),
     ("用户 c::d José", "José c::d 用户")])
 def test_ids_ascend_as_numbers_where_all_are_numbers(raw_ids, ascending, tmp_path):
     lines = ["user,item", *(f"{raw},{raw}" for raw in raw_ids.split())]
@@ -2181,22 +2138,16 @@ def test_ids_ascend_as_numbers_where_all_are_numbers(raw_ids, ascending, tmp_pat
     assert data.item_ids[1:] == data.user_ids == ascending.split()
 
 
-def test_whether_ids_are_numbers_is_decided_before_any_is_dropped(tmp_path):
-    path = write(tmp_path / "f", "user,item\n1,9\n1,10\n1,9\n1,10\n1,b\n")
-    assert reader.load_dataset(path, 2).item_ids == ["", "10", "9"]
-
-
 def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
-    # the repeat of (0, 1) goes first; then item 3 has one event; then user 2 has one
-    path = write(tmp_path / "f", "user,item,time\n0,1,5\n0,1,5\n0,2,4\n1,2,1\n1,1,1\n2,3,1\n2,1,9")
-    data = reader.load_dataset(path, min_count=2)
-    assert data.item_ids == ["", "1", "2"] and data.user_ids == ["0", "1"]
-    assert data.items.tolist() == [2, 1, 1, 2] and data.offsets.tolist() == [0, 2, 4]
-    assert data.report[3] == ("dropped: 1 repeats; 1 events of items and 1 "
-                              "events of users with fewer than 2")
+    # the repeat of (0, 9) goes first; then item x has one event; then user 2 has one. Ids are in
+    # the order of text, as x was: whether they are numbers is decided before any is dropped
+    lines = "user,item,time 0,9,5 0,9,5 0,10,4 1,10,1 1,9,1 2,x,1 2,9,9".split()
+    data = reader.load_dataset(write(tmp_path / "f", "\n".join(lines)), min_count=2)
+    assert data.item_ids == ["", "10", "9"] and data.user_ids == ["0", "1"]
+    assert data.items.tolist() == [1, 2, 1, 2] and data.offsets.tolist() == [0, 2, 4]
 
 
-@pytest.mark.parametrize("ties", ["item", "file", "random"])
+@pytest.mark.parametrize("ties", reader.TIES)
 def test_a_repeat_is_of_the_users_event_before_not_of_the_line_before(ties, tmp_path):
     # by time: user 1 saw 10, 10, 11, 12, 11 and user 2 saw 10, 11
     lines = ["1,10,1", "2,10,1", "1,10,2", "1,11,3", "2,11,2", "1,12,4", "1,11,5"]
@@ -2206,21 +2157,16 @@ def test_a_repeat_is_of_the_users_event_before_not_of_the_line_before(ties, tmp_
         assert [data.item_ids[v] for v in data.items] == "10 11 12 11 10 11".split()
 
 
-TIED = """user,item,time
-1,3,0\n1,7,0\n1,1,0\n1,1,0\n1,2,0\n1,4,0
-2,4,1\n2,3,2\n2,2,3\n2,1,4"""                    # of user 1 a rare item and a repeat are dropped
+# Of user 1 a rare item and a repeat are dropped: 3, 1, 2, 4 are left, and 8 events in all
+TIED = "user,item,time\n1,3,0\n1,7,0\n1,1,0\n1,1,0\n1,2,0\n1,4,0\n2,4,1\n2,3,2\n2,2,3\n2,1,4"
+DRAWN = np.argsort(np.random.default_rng(5).permutation(8)[:4])
 
 
-@pytest.mark.parametrize("ties, items", [("item", [1, 2, 3, 4]), ("file", [3, 1, 2, 4])])
-def test_events_of_one_time_are_in_the_order_of_items_or_of_the_file(ties, items, tmp_path):
-    data = reader.load_dataset(write(tmp_path / "f", TIED), 2, ties)
+@pytest.mark.parametrize("ties, items", [
+    ("item", [1, 2, 3, 4]), ("file", [3, 1, 2, 4]), ("random", [[3, 1, 2, 4][k] for k in DRAWN])])
+def test_events_of_one_time_are_ordered_by_item_as_in_the_file_or_at_random(ties, items, tmp_path):
+    data = reader.load_dataset(write(tmp_path / "f", TIED), 2, ties, seed=5)
     assert data.items.tolist() == items + [4, 3, 2, 1]
-
-
-def test_random_ties_are_a_permutation_of_the_events_that_are_left_in_file_order(tmp_path):
-    data = reader.load_dataset(write(tmp_path / "f", TIED), 2, "random", seed=5)
-    order = np.argsort(np.random.default_rng(5).permutation(8)[:4])
-    assert data.items[:4].tolist() == [[3, 1, 2, 4][k] for k in order]
 
 
 # Items 1 to 14, in histories of 7, 2, 3 and 2 events
@@ -2234,15 +2180,6 @@ def test_training_rows_by_hand():
     assert rows.starts.tolist() == [1, 1, 0, 1, 0, 1, 1, 1, 1, 1]
     assert rows.windows.tolist() == [0, 1, 3, 5, 7, 8, 10]
     assert reader.training_rows(FOUR_USERS).windows.tolist() == [0, 5, 7, 8, 10]
-
-
-def test_batches_hold_every_window_once_in_random_order():
-    rows = reader.training_rows(FOUR_USERS, max_len=2)
-    parts = list(reader.batches(rows, 4, np.random.default_rng(0)))
-    assert len(parts) == 2, "of 4 windows and of 2"
-    items, targets, _ = (np.concatenate(part) for part in zip(*parts))
-    assert sorted(zip(targets, items)) == sorted(zip(rows.targets, rows.items))
-    assert targets.tolist() != rows.targets.tolist()
 
 
 @pytest.mark.parametrize("split, max_len, histories, truth", [
@@ -2259,26 +2196,31 @@ def test_full_histories_hold_nothing_out():
     assert [history.tolist() for history in found] == [[6, 7], [8, 9], [11, 12], [13, 14]]
 
 
-def test_histories_need_a_known_split_and_a_user_with_three_events():
+def test_another_split_is_refused():
     with pytest.raises(ValueError, match="split must be 'validation' or 'test' .got 'train'"):
         reader.histories(FOUR_USERS, "train")
-    with pytest.raises(reader.DataError, match="toy: no user has the 3 events of a test"):
-        reader.histories(dataset([1, 2], [0, 2], 2), "test")
 
 
+def zip_of(files):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return archive.getvalue()
+
+
+# In each of these archives user 1 saw item 1 at 5 s and item 2 at 4 s
+GROUPLENS = {
+    "ml-100k/u.data": "1\t1\t3\t5\n1\t2\t3\t4\n",
+    "ml-100k/u.item": "2|Café (1990)|1-Jan-1990|\n1|unknown||\n".encode("latin-1")}
+ML_1M = {
+    "ml-1m/ratings.dat": "1::1::3::5\n1::2::3::4\n",
+    "ml-1m/movies.dat": "2::Café (1990)::x|y\n1::unknown::x\n".encode("latin-1")}
 COPY = "recbole/dataset_example/ml-100k/ml-100k"
-ARCHIVES = {  # in each of them user 1 saw item 1 at 5 s and item 2 at 4 s
-    "GroupLens": ("ml-100k", {
-        "ml-100k/u.data": "1\t1\t3\t5\n1\t2\t3\t4\n",
-        "ml-100k/u.item": "2|Café (1990)|1-Jan-1990|\n1|unknown||\n".encode("latin-1")}),
-    "RecBole": ("ml-100k", {
-        COPY + ".inter": "user_id:token\titem_id:token\ttimestamp:float\n1\t1\t5\n1\t2\t4\n",
-        COPY + ".item": "item_id:token\tmovie_title:token_seq\trelease_year:token\n"
-                        "1\tunkonwn\t\n2\tCafé\t1990\n"}),
-    "ml-1m": ("ml-1m", {
-        "ml-1m/ratings.dat": "1::1::3::5\n1::2::3::4\n",
-        "ml-1m/movies.dat": "2::Café (1990)::x|y\n1::unknown::x\n".encode("latin-1")})}
-OTHER_EVENTS = {**ARCHIVES["GroupLens"][1], "ml-100k/u.data": "1\t2\t3\t4\n"}
+RECBOLE = {
+    COPY + ".inter": "user_id:token\titem_id:token\ttimestamp:float\n1\t1\t5\n1\t2\t4\n",
+    COPY + ".item": "item_id:token\tmovie_title:token_seq\trelease_year:token\n"
+                    "1\tunkonwn\t\n2\tCafé\t1990\n"}
 
 
 @pytest.fixture
@@ -2287,28 +2229,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "ML_100K_EVENTS", hashlib.sha256(two_events).hexdigest())
     monkeypatch.setenv("LRUREC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.mark.parametrize("name, files", ARCHIVES.values(), ids=ARCHIVES)
-def test_every_archive_gives_the_same_data_and_is_fetched_once(name, files, cache, capsys):
-    reader.read_movielens(name, lambda url, timeout: io.BytesIO(zip_of(files)))
-    data = reader.load_dataset(name, 0)            # out of the cache
-    assert os.listdir(cache) == [f"{name}.zip"]
-    assert data.user_ids == ["1"] and data.items.tolist() == [2, 1]
-    assert data.titles == ["", "unknown", "Café (1990)"]
-    assert data.report[0] == f"{name}: 1 users, 2 items, 2 events from 4 to 5"
-    assert capsys.readouterr().err == (
-        f"fetching {name} from https://files.grouplens.org/datasets/movielens/{name}.zip\n")
-
-
-@pytest.mark.parametrize("damaged", [b"<html>", zip_of({}), zip_of(OTHER_EVENTS)],
-                         ids=["no zip", "no members", "other events"])
-def test_a_damaged_archive_in_the_cache_is_refused(damaged, cache):
-    cache.mkdir()
-    path = write(cache / "ml-100k.zip", damaged)
-    with pytest.raises(reader.DataError, match="not an archive of ml-100k .*: delete it") as error:
-        reader.load_dataset("ml-100k")
-    assert path in str(error.value)
 
 
 def pip_with(wheel):
@@ -2320,23 +2240,38 @@ def pip_with(wheel):
     return run
 
 
-@pytest.mark.parametrize("answer", [b"<html>log in</html>", OSError("no route"),
-                                    http.client.IncompleteRead(b"")], ids=type)
-def test_where_grouplens_gives_no_archive_pip_is_asked(answer, cache, monkeypatch, capsys):
+@pytest.mark.parametrize("name, answer, said", [
+    ("ml-100k", zip_of(GROUPLENS), "fetching ml-100k from https://files.grouplens.org/datasets/"
+                                   "movielens/ml-100k.zip"),
+    ("ml-1m", zip_of(ML_1M), "datasets/movielens/ml-1m.zip"),
+    ("ml-100k", b"<html>log in", "; fetching the copy in recbole==1.2.1 with pip"),
+    ("ml-100k", zip_of({}), "; fetching the copy in recbole==1.2.1 with pip"),
+    ("ml-100k", OSError("no route"), "no route; fetching the copy in recbole==1.2.1 with pip"),
+    ("ml-100k", http.client.IncompleteRead(b""), "with pip")],
+    ids=["GroupLens", "ML-1M", "no archive", "no members", "no route", "cut off"])
+def test_every_archive_gives_the_same_data_and_is_fetched_once(name, answer, said, cache, capsys,
+                                                               monkeypatch):
     opener = Mock(side_effect=[io.BytesIO(answer) if isinstance(answer, bytes) else answer])
-    monkeypatch.setattr(subprocess, "run", pip_with(zip_of(ARCHIVES["RecBole"][1])))
-    _, titles = reader.read_movielens("ml-100k", opener)
-    assert titles == {"1": "unknown", "2": "Café (1990)"} and os.listdir(cache) == ["ml-100k.zip"]
-    assert capsys.readouterr().err.endswith("; fetching the copy in recbole==1.2.1 with pip\n")
+    monkeypatch.setattr(subprocess, "run", pip_with(zip_of(RECBOLE)))
+    reader.read_movielens(name, opener)
+    data = reader.load_dataset(name, 0)            # out of the cache
+    assert os.listdir(cache) == [f"{name}.zip"]
+    assert data.user_ids == ["1"] and data.items.tolist() == [2, 1]
+    assert data.titles == ["", "unknown", "Café (1990)"]
+    assert data.report[0] == f"{name}: 1 users, 2 items, 2 events from 4 to 5"
+    assert capsys.readouterr().err.endswith(said + "\n")
 
 
-@pytest.mark.parametrize("wheel, reason", [
-    (b"", "pip: no network"), (zip_of(OTHER_EVENTS), "not the 100,000 events of ML-100K")],
-    ids=["no wheel", "other events"])
-def test_where_both_fail_nothing_is_kept_and_the_way_by_hand_is_shown(
-        wheel, reason, cache, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", pip_with(wheel))
-    with pytest.raises(reader.DataError, match=f"cannot be fetched .*{reason}") as error:
+def test_another_archive_in_the_cache_is_refused(cache):
+    cache.mkdir()
+    write(cache / "ml-100k.zip", zip_of({**GROUPLENS, "ml-100k/u.data": "1\t2\t3\t4\n"}))
+    with pytest.raises(reader.DataError, match="ml-100k.zip: not an archive of .*: delete it"):
+        reader.load_dataset("ml-100k")
+
+
+def test_where_both_fail_nothing_is_kept_and_the_way_by_hand_is_shown(cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", pip_with(b""))
+    with pytest.raises(reader.DataError, match="cannot be fetched .*no route; pip: no") as error:
         reader.read_movielens("ml-100k", Mock(side_effect=OSError("no route")))
     assert str(error.value).endswith(f"ml-100k.zip by hand and put it at {cache / 'ml-100k.zip'}")
     assert not cache.exists()
@@ -2344,65 +2279,69 @@ def test_where_both_fail_nothing_is_kept_and_the_way_by_hand_is_shown(
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache, capsys):
     write(cache, "a file where the folder should be")
-    archive = zip_of(ARCHIVES["ml-1m"][1])
-    events, _ = reader.read_movielens("ml-1m", lambda url, timeout: io.BytesIO(archive))
+    events, _ = reader.read_movielens("ml-1m", lambda url, timeout: io.BytesIO(zip_of(ML_1M)))
     assert events.times.tolist() == [5, 4]
     assert "ml-1m is not kept" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
-# Settings and the command line
+# Settings, the command line, evaluation
 
-@pytest.mark.parametrize("name, value, message", [
-    ("epochs", 0, "--epochs must be an integer from 1 to 2147483647 .got 0."),
-    ("max_len", 10 ** 20, "--max-len must be an integer from 1"), ("seed", True, "got True"),
-    ("lr", math.nan, "--lr must be a number >= 0.0 .got nan."), ("lr", math.inf, "got inf"),
-    ("dropout", 1, "--dropout must be a number from 0.0 to 0.99 .got 1."), ("lr", None, "None"),
-    ("rank_seen", "no", "--rank-seen must be True or False .got 'no'"),
-    ("data", 7, "--data must be text .got 7."), ("epohcs", 3, "no setting 'epohcs': choose from")])
-def test_a_wrong_setting_is_refused_in_one_sentence(name, value, message):
+@pytest.mark.parametrize("settings, message", [
+    ({"epohcs": 3}, "no setting 'epohcs': choose from"), ({"epochs": None}, "got None"),
+    ({"epochs": 0}, "--epochs must be an integer from 1 to 2147483647 .got 0."),
+    ({"max_len": 10 ** 20}, "--max-len must be an integer from 1"), ({"seed": True}, "got True"),
+    ({"lr": math.nan}, "--lr must be a number >= 0.0 .got nan."), ({"lr": math.inf}, "got inf"),
+    ({"dropout": 1}, "--dropout must be a number from 0.0 to 0.99 .got 1."),
+    ({"rank_seen": "no"}, "--rank-seen must be True or False .got 'no'"),
+    ({"data": 7}, "--data must be text .got 7."), ({"titles": "nowhere"}, "nowhere is not a file"),
+    ({"data": "ml100k"}, "ml100k is not a file; known by name are ml-100k and ml-1m"),
+    ({"ties": "no"}, "ties must be one of item, file, random .got 'no'"),
+    ({"columns": "user"}, "--columns USER,ITEM.,TIME. must be different names .*got 'user'"),
+    ({"columns": "a,,b"}, "got 'a,,b'"), ({"columns": "a,a:token"}, "must be different"),
+    ({"data": "ml-100k", "columns": "1,2"}, "the columns of ml-100k are known"),
+    ({"title_columns": "1,2"}, "--title-columns are those of --titles"),
+    ({"titles": "f", "title_columns": "1,2,3"}, "--title-columns ITEM,TITLE must be"),
+    ({"titles": "f"}, "f, line 1: no header names .* title.*3 'time'. Give --title-columns"),
+    ({"titles": "f", "title_columns": "user,time"}, "f: no title for an item of .*f"),
+    ({"delimiter": "::"}, "--delimiter '::' is not in the first line"), ({"delimiter": ""}, "''")])
+def test_a_wrong_setting_is_refused_in_one_sentence(settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "f", PLAIN)
     with pytest.raises(reader.DataError, match=message):
-        train.configure(**{name: value})
-
-
-def test_the_ends_of_a_range_are_taken_and_so_is_none_where_it_means_something():
-    for name, (_, allowed, _) in train.SETTINGS.items():
-        for value in set(allowed) - {math.inf} if isinstance(allowed, tuple) else ():
-            assert train.configure(**{name: value})[name] == value
-    for name in ("max_len", "batch_size", "columns", "delimiter", "titles", "title_columns"):
-        assert train.configure(**{name: None})[name] is None
+        train.load_data(train.configure(**{"data": "f", "min_count": 0, **settings}))
 
 
 def test_the_shell_hands_over_only_what_was_typed_which_goes_before_what_was_saved():
     words = "--max-len none --lr 0.1 --rank-seen --epochs 7 --ties file".split()
     typed = {"max_len": None, "lr": 0.1, "rank_seen": True, "epochs": 7, "ties": "file"}
     assert train.parse_arguments(words)[1] == typed and train.parse_arguments([])[1] == {}
-    saved = {"lr": 0.5, "epochs": 9, "schedule": "a setting that we no longer have"}
-    assert train.configure(saved, epochs=7) == {**train.DEFAULTS, "lr": 0.5, "epochs": 7}
+    saved = {"lr": 0.5, "epochs": 9, "max_len": None, "schedule": "a setting of long ago"}
+    expected = {**train.DEFAULTS, "lr": 0.5, "epochs": 7, "max_len": None}
+    assert train.configure(saved, epochs=7) == expected
 
 
-def test_only_four_settings_of_a_run_may_differ_when_it_is_resumed():
-    may = {"data": os.path.abspath("moved"), "epochs": 1, "patience": 2, "threads": 3}
-    may_not = {"columns": "a,b", "delimiter": ";", "titles": "f", "title_columns": "a,b",
-               "min_count": 1, "ties": "file", "rank_seen": True, "max_len": None, "d_model": 4,
-               "n_blocks": 1, "max_phase": 1.0, "dropout": 0.1, "lr": 1e-3, "weight_decay": 0.1,
-               "average": 0.9, "batch_size": 4, "seed": 8}
-    assert {**may, **may_not}.keys() == train.SETTINGS.keys()
-    assert train.configure(train.DEFAULTS, **may) == {**train.DEFAULTS, **may}
-    for name, value in may_not.items():
+@pytest.mark.parametrize("name", train.SETTINGS)
+def test_only_four_settings_of_a_run_may_differ_when_it_is_resumed(name):
+    saved, value = {**train.DEFAULTS, name: "another"}, train.DEFAULTS[name]
+    if name in ("data", "epochs", "patience", "threads"):
+        assert train.configure(saved, **{name: value})[name] == value
+    else:
         with pytest.raises(reader.DataError, match=f"{train.flag(name)} is .* here, but it was"):
-            train.configure(train.DEFAULTS, **{name: value})
+            train.configure(saved, **{name: value})
 
 
 @pytest.mark.parametrize("words, message", [
     ("--ties x", "argument --ties: invalid choice: 'x' (choose from "),
     ("--epochs x", "argument --epochs: invalid integer value: 'x'"),
     ("--epohcs 3", "unrecognized arguments: --epohcs 3 (see python train.py train --help)"),
-    ("--epochs 0", "--epochs must be"), ("--data ml100k", "ml100k is not a file; known by name"),
+    ("--epochs 0", "--epochs must be an integer from 1"),
     ("--data pairs --min-count 0", "no user has the 3 events of a test"),
     ("--out pairs", "pairs exists: choose another --out, continue its run with --resume pairs, or"),
     ("--resume nowhere", "nowhere/last.npz: No such file or directory: --resume takes the folder"),
     ("evaluate nowhere", "nowhere: No such file or directory: give the model.npz of a run"),
+    ("inspect .", ". is a folder: give ./model.npz"),
+    ("inspect LAST", "last.npz is for --resume alone): give the model.npz of"),
     ("compare nowhere", "nowhere/metrics.json: No such file or directory: give the folders of"),
     ("recommend MODEL --user u1 --all-users", "give titles or ids, or --user, or --all-users"),
     ("recommend MODEL --top 0 i3", "--top must be an integer >= 1 (got 0)"),
@@ -2413,7 +2352,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words, message, model, refused
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reader, "read_movielens", Mock(side_effect=AssertionError("fetched")))
     write(tmp_path / "pairs", "user,item\n" + "a,1\nb,2\n" * 5)
-    error = refused(*[model if word == "MODEL" else word for word in words.split()])
+    paths = {"MODEL": model, "LAST": model.parent / "last.npz"}
+    error = refused(*[paths.get(word, word) for word in words.split()])
     assert message in error.replace("\\", "/") and os.listdir() == ["pairs"]
 
 
@@ -2423,23 +2363,11 @@ def test_numpy_imported_first_with_many_threads_is_one_warning(imports, threads,
     env = {name: value for name, value in os.environ.items() if not name.endswith("_THREADS")}
     env.update({"OPENBLAS_NUM_THREADS": threads} if threads else {})
     show = f"import os, {imports}; print(os.environ['OPENBLAS_NUM_THREADS'])"
-    done = subprocess.run(**python("-c", show), env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", show], cwd=HERE, env=env, capture_output=True,
+                          text=True)
     assert done.stdout == "1\n"
     assert done.stderr.count("UserWarning: NumPy was imported before train.py") == n_warnings
 
-
-@pytest.mark.parametrize("columns", [40, 200])
-def test_progress_stays_on_one_line_of_a_terminal(columns, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
-    train.progress(100 * "x")
-    train.progress("")
-    parts = capsys.readouterr().err.split("\r")
-    assert parts == ["", f"{100 * 'x':{columns - 1}.{columns - 1}}", "", (columns - 1) * " ", ""]
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
 
 def rank_by_hand(scores, true, history, rank_seen):
     """Rank of the true item by brute force, over items 1, 2, ..."""
@@ -2448,10 +2376,8 @@ def rank_by_hand(scores, true, history, rank_seen):
     return math.inf if true in left_out else sum(scores[v] >= scores[true] for v in others)
 
 
-@pytest.fixture
-def forty_users():
-    """40 users with 5 events each, of 60 items: some of them twice"""
-    return dataset(np.random.default_rng(0).integers(1, 61, 200), range(0, 201, 5), 60)
+# 40 users with 5 events each, of 60 items: some of them twice
+FORTY_USERS = dataset(np.random.default_rng(0).integers(1, 61, 200), range(0, 201, 5), 60)
 
 
 def scores_with_ties(seen):
@@ -2460,13 +2386,10 @@ def scores_with_ties(seen):
 
 
 @pytest.mark.parametrize("rank_seen", [False, True])
-@pytest.mark.parametrize("kind", ["a model", "a table with ties"])
-def test_metrics_are_those_of_ranks_by_brute_force(kind, rank_seen, forty_users):
-    scorer = scores_with_ties
-    if kind == "a model":
-        scorer = train.model_scorer(tiny_params(n_items=60))
-    histories = forty_users.items.reshape(40, 5)[:, 1:4]          # the last 3 before the true one
-    truth = forty_users.items.reshape(40, 5)[:, 4]
+@pytest.mark.parametrize("scorer", [scores_with_ties, train.model_scorer(tiny_params(60))])
+def test_metrics_are_those_of_ranks_by_brute_force(scorer, rank_seen):
+    events = FORTY_USERS.items.reshape(40, 5)
+    histories, truth = events[:, 1:4], events[:, 4]               # the last 3 before the true one
     r = np.array([rank_by_hand(scorer([history])[0], true, history, rank_seen)
                   for history, true in zip(histories, truth)])
     expected = {"MRR": np.mean(1 / (r + 1))}
@@ -2474,7 +2397,7 @@ def test_metrics_are_those_of_ranks_by_brute_force(kind, rank_seen, forty_users)
         expected[f"Recall@{k}"] = np.mean(r < k)
         expected[f"NDCG@{k}"] = np.mean(np.where(r < k, 1 / np.log2(r + 2), 0))
     for threads in (1, 3):
-        table = train.evaluate(scorer, forty_users, "test", 3, threads, rank_seen)
+        table = train.evaluate(scorer, FORTY_USERS, "test", 3, threads, rank_seen)
         assert {name: table[name] for name in expected} == pytest.approx(expected)
 
 
@@ -2484,19 +2407,15 @@ def test_standard_errors_are_over_users():
         {"Recall@10": 0.25, "NDCG@10": np.std([1, 0.5, 0, 0]) / 2})
 
 
-def test_a_scorer_s_own_array_is_not_changed(forty_users):
+def test_a_scorer_s_own_array_is_not_changed():
     table = np.tile(np.arange(61.0), (40, 1))
-    train.evaluate(lambda seen: table[:len(seen)], forty_users, "test")
+    train.evaluate(lambda seen: table[:len(seen)], FORTY_USERS, "test")
     assert (table == np.arange(61.0)).all()
 
 
-def test_scores_of_another_shape_and_scores_that_are_not_finite_are_refused(forty_users):
+def test_scores_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"here \(16, 61\) \(got \(16, 9\)"):
-        train.evaluate(lambda seen: np.zeros((len(seen), 9)), forty_users, "test")
-    params = tiny_params()
-    params["output_bias"][3] = np.nan
-    with pytest.raises(reader.DataError, match="scores are not finite: train with a lower --lr"):
-        train.model_scorer(params)([[1, 2]])
+        train.evaluate(lambda seen: np.zeros((len(seen), 9)), FORTY_USERS, "test")
 
 
 @pytest.mark.parametrize("histories", [[], [[1], []], [1, 2], np.array([1, 2])], ids=str)
