@@ -2056,7 +2056,7 @@ WRONG_FILES = {  # content, what the message says, and the columns where they ar
     **{f"time {raw!r}": (f"user,item,time\n1,2,3\n1,4,{raw}\n", "line 3: the time .*finite numbers")
        for raw in ("nan", "inf", "1_0", "", "2024-05-01")},
     "another date": ("user,item,time\n1,2,01/02/2019\n", "line 2: the time.*to_datetime.*format="),
-    "nobody left": ("user,item\n1,4\n", "nobody is left with 5 .*--min-count.*item from item"),
+    "nobody left": ("1,4\n", "nobody is left with 5 .*--min-count.*item from column 2", "1,2"),
     "Latin-1": ("user,item\n1,Café\n".encode("latin-1"), "cannot be read .'utf-8' codec.*in UTF-8")}
 
 
@@ -2101,11 +2101,12 @@ def test_the_report_says_what_was_read_and_dropped(tmp_path):
     ("", "", "")])
 def test_the_report_shows_the_first_and_last_time_where_there_is_one(first, last, shown, tmp_path):
     header = "user,item,time" if shown else "user,item"
-    path = write(tmp_path / "f", f"{header}\n1,1{first}\n1,2{last}\n")
+    path = write(tmp_path / "f", f"{header}\n1,1{first}\n1,2{last}\n1,3{last}\n")
     report = reader.load_dataset(path, 0).report
-    assert report[2] == f"{path}: 1 users, 2 items, 2 events{shown}"
+    assert report[2] == f"{path}: 1 users, 3 items, 3 events{shown}"
     assert ("time from the order of the lines" in report[0]) == (not shown)
     assert any("the same time" in line for line in report) == bool(shown)
+    assert report[-1] == "0 of 1 test items are already in their user's history"
 
 
 @pytest.mark.parametrize("raw_ids, ascending", [
@@ -2119,12 +2120,12 @@ def test_ids_ascend_as_numbers_where_all_are_numbers(raw_ids, ascending, tmp_pat
 
 
 def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
-    # the repeat of (0, 9) goes first; then item x has one event; then user 2 has one. Ids are in
-    # the order of text, as x was: whether they are numbers is decided before any is dropped
-    lines = "user,item,time 0,9,5 0,9,5 0,10,4 1,10,1 1,9,1 2,x,1 2,9,9".split()
+    # The repeat of (0, 9) goes first; user 1's first 9 is none. Then item x has one event; then user
+    # 2 has one. Ids stay in the order of text, since x was no number: that is decided before
+    lines = "user,item,time 0,9,5 0,9,5 0,10,4 1,10,2 1,9,1 2,x,1 2,9,9".split()
     data = reader.load_dataset(write(tmp_path / "f", "\n".join(lines)), min_count=2)
     assert data.item_ids == ["", "10", "9"] and data.user_ids == ["0", "1"]
-    assert data.items.tolist() == [1, 2, 1, 2] and data.offsets.tolist() == [0, 2, 4]
+    assert data.items.tolist() == [1, 2, 2, 1] and data.offsets.tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize("ties", reader.TIES)
