@@ -24,7 +24,8 @@ Contents
     Files of answers, and training with them
     For those who know PyTorch
     The commands
-    The tests
+    The tests: of the grader, the model, the data, settings and evaluation, a run, the commands,
+    the README and the GPU
 
 Offline, but for `train --ml-100k` and `pytorch`, which fetch ML-100K once. In float64, where
 nothing else is said.
