@@ -1379,8 +1379,8 @@ def show_curves(ours, yours):
 
 def train_ml_100k():
     """train.py's own run with the functions in place; in float64, as they were graded."""
-    print("Some minutes, in a new folder of runs/. Ctrl-C ends it: what --resume goes on with are our "
-          "functions.", flush=True)
+    print("Some minutes, in a new folder of runs/. Ctrl-C ends it for good: --resume would go on "
+          "with our functions.", flush=True)
     lrurec.init_params = functools.partial(lrurec.init_params, dtype=np.float64)
     return train.main(["train"])
 
