@@ -2121,8 +2121,8 @@ def test_ids_ascend_as_numbers_where_all_are_numbers(raw_ids, ascending, tmp_pat
 
 
 def test_repeats_then_rare_items_then_rare_users_are_dropped(tmp_path):
-    # The repeat of (0, 9) goes first; user 1's first 9 is none. Then item x has one event; then user
-    # 2 has one. Ids stay in the order of text, since x was no number: that is decided before
+    # The repeat of (0, 9) goes first; user 1's first 9 is none. Then item x has one event; then
+    # user 2 has one. The order of ids is decided before, by text, since x is no number
     lines = "user,item,time 0,9,5 0,9,5 0,10,4 1,10,2 1,9,1 2,x,1 2,9,9".split()
     data = reader.load_dataset(write(tmp_path / "f", "\n".join(lines)), min_count=2)
     assert data.item_ids == ["", "10", "9"] and data.user_ids == ["0", "1"]
