@@ -298,7 +298,8 @@ KNOWN = {                                          # in lower case, without blan
             "eventtimestamp createdat ratedat time ts date".split(),
     "title": "title movietitle itemtitle producttitle prodname name caption".split()}
 USUAL = {name for names in KNOWN.values() for name in names}
-FLAGS = {"user": "--columns USER,ITEM[,TIME]", "item": "--title-columns ITEM,TITLE"}   # first role
+FLAGS = {                                          # to give, by the first role of a table
+    "user": "--columns USER,ITEM[,TIME]", "item": "--title-columns ITEM,TITLE"}
 MISSING = {"", "nan", "null", "none", "na", "n/a", "#n/a", "<na>", "\\n"}      # in lower case
 
 
@@ -458,7 +459,7 @@ def choose_columns(fields, roles, wanted):
 
 
 def untyped(name):
-    """The name of a column without RecBole's type."""
+    """The name of a column without RecBole's type: user_id:token -> user_id"""
     return re.sub(":(token|float)(_seq)?$", "", name.strip())
 
 
