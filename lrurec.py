@@ -328,8 +328,8 @@ def lru_forward(x, nu_log, theta_log, gamma_log, B, b_B, C, b_C, starts):
 
 
 def lru_backward(dout, cache):
-    """dout (N, D) -> dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C, each of its input's
-    shape and, like it, real or complex
+    """dout (N, D) -> dx, dnu_log, dtheta_log, dgamma_log, dB, db_B, dC, db_C, each with the shape
+    and dtype of its input
     Derivative: the forward's lines, bottom to top. u = exp(gamma_log) z with z = x B + b_B, so u
     changes by u times the change of gamma_log: dgamma_log = Re(sum over rows of conj(u) du), and
     dz = gamma du.

@@ -1224,7 +1224,7 @@ def exercise_text(name):
                if inspect.isfunction(value) and helper in needed - {*asked} and value not in shown
                or helper.isupper() and helper in needed | words("\n".join(parts))]
     if helpers:
-        parts += ["# ---- From lrurec: you may call it\n", *map(helper_text, helpers)]
+        parts += ["# ---- From lrurec: you may call these\n", *map(helper_text, helpers)]
     body = "\n\n".join(parts).rstrip()
     task = textwrap.fill(f"Write {' and '.join(asked)}: {exercise.task}.", 96)
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
