@@ -377,9 +377,9 @@ def table_row(key, a, n, wrong):
 
 
 # ---------------------------------------------------------------------------------------------
-# Hints. First the form of the first wrong tensor; then what our function gives with a usual mistake
-# in it, or with one of its arrays changed; then plain likenesses. Only a match of all entries
-# counts. Where two different things could be said, nothing is: no hint is better than a wrong one.
+# Hints, tried in turn: the form of the first wrong tensor; our function with a usual mistake in it;
+# our function with one of its arrays changed; plain likenesses. Only a match of all entries counts.
+# Where two different things could be said, nothing is: no hint is better than a wrong one.
 
 def hint(name, call, key, given):
     """What the tensor `key` of those given looks like, or ""."""
@@ -389,7 +389,7 @@ def hint(name, call, key, given):
     if text := form(a, n, others):
         return text
     for wrong_versions in (usual_mistakes, changed_arrays):
-        of_all, of_first = set(), set()            # sentences that explain all tensors, or this one
+        of_all, of_first = set(), set()            # what explains all tensors given, or this one
         for sentence, function, arguments in wrong_versions(name, call.arguments):
             try:
                 tensors = tensors_of(name, function, arguments, call)
@@ -453,7 +453,7 @@ def usual_mistakes(name, arguments):
 def changed_arrays(name, arguments):
     """(sentence, function, arguments): our function with one of its arrays changed."""
     for label, array in named_arrays(name, arguments).items():
-        if label.startswith(("params", "grads", "opt")) or "][" in label:     # of a layer inside
+        if label.startswith(("params", "grads", "opt")) or "][" in label:     # of an inner cache
             continue
         for kinds, sentence, change in ARRAY_CHANGES:
             if array.dtype.kind in kinds:
@@ -937,9 +937,9 @@ def peak_memory(function, arguments):
 
 
 def grade_lines_and_memory(name, function):
-    """Refuse a scan that runs too many lines of Python, or holds too much. From 256 rows to 1,024
-    and on to 4,096, log N grows by the same, and again by the same: the second growth beside the
-    first is 1.00 for log N, 2.00 for the square root of N, 4.00 for N."""
+    """Refuse a scan that runs too many lines of Python, or holds too much. From N rows to 4 N,
+    log N grows by a constant: the growth from 1,024 to 4,096 rows, divided by that from 256 to
+    1,024, is 1 for log N, 2 for the square root of N, 4 for N."""
     right_but = f"your {name} gives the right values, but "
 
     def arguments(N, walls):
@@ -972,7 +972,7 @@ GRADIENTS = "the gradients with respect to the forward's inputs"
 
 
 class Exercise(NamedTuple):
-    """What cannot come from lrurec.py."""
+    """What the file of an exercise needs besides lrurec.py."""
     minutes: int
     functions: list               # to write
     question: str                 # --hint: what to ask yourself
@@ -990,7 +990,7 @@ EXERCISES = {
 both sides; np.ndindex(z.shape) goes through all entries. A complex entry can move in two
 directions, along 1 and along 1j: which of the two slopes is the real part of the gradient, and
 what is the other?""",
-    task="the gradient of any loss, by central differences. Nearly all exercises are graded with "
+    task="the gradient of any loss, by central differences. Most exercises are graded with "
     "it, so you need not take our word for them. Where you move an entry of z, put back what stood "
     "there: z + delta - delta is not always z",
     may_call=[]),
@@ -1069,7 +1069,7 @@ lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
     30, ["scan_backward"],
     """Write g_n = dh_n + conj(lam) g_{n+1} with m = N - 1 - n for n: which recurrence is it? Where
 does a wall before row n + 1 stand, when the rows are read backwards? dlam is a sum of products that
-needs no loop: which two rows stand in each?""",
+needs no loop.""",
     task="the result of scan_backward_loop at the cost of scan",
     given=[lrurec.scan_loop],
     told="""The result of scan_backward_loop: g_n = dh_n + conj(lam) g_{n+1}, without the last
@@ -1335,9 +1335,9 @@ IN_TRAINING = [name for name in NAMES if hasattr(lrurec, name)
 
 
 def put_in_place(paths):
-    """Put the functions in the files in place of lrurec's. Twice: a file imports what an exercise
-    before it asked for, and gets the learner's the second time."""
-    for path in 2 * paths:
+    """Put the functions in the files in place of lrurec's. As often as there are files: each
+    imports what other exercises asked for, and gets the learner's once that is in place."""
+    for path in len(paths) * paths:
         for name, function in load_answers(path).items():
             if name in IN_TRAINING:
                 setattr(lrurec, name, in_rows(function))
@@ -1574,7 +1574,7 @@ def main(arguments=None):
     for word in words:
         if word not in EXERCISES and not word.endswith(".py"):
             return refuse(f"{word!r} is neither a .py file nor an exercise (choose from "
-                          f"{', '.join(EXERCISES)})")
+                          f"{', '.join(EXERCISES)}); check, pytorch and train come first")
         if (training or word not in EXERCISES) and not os.path.exists(path_of(word)):
             return refuse(f"there is no {path_of(word)}")
     if args.hint or args.formula:
@@ -1731,6 +1731,15 @@ def test_a_training_shows_both_curves_right_or_wrong(more, code, said, answers, 
     assert "in the model: gelu_backward, scan_backward\n" in out and said in out
     curves = re.findall(r"^ +\d+ +(\S+) +(\S+) +[ox* ]+$", out, re.M)
     assert [ours == yours for ours, yours in curves] == [True, code == 0]
+
+
+def test_in_any_order_of_files_the_learner_s_functions_call_one_another(answers, capsys):
+    for exercise in ("model", "block"):
+        answers(exercise)
+    answers("lru", "ours = lru_backward\ndef lru_backward(dout, cache):\n    print('mine')\n"
+            "    return ours(dout, cache)")
+    assert main(["train", "model", "block", "lru"]) == 0
+    assert "mine" in capsys.readouterr().out.partition("Your functions in the model")[2]
 
 
 @pytest.mark.parametrize("words, code, said", [
