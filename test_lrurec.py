@@ -1254,7 +1254,7 @@ def grade_file(path, show=print):
     """Grade the answers in a file, and show what is found -> "right", "wrong", "empty", "error" or,
     after Ctrl-C, "stopped". An error is shown as Python shows it, cut to the file."""
     word = os.path.basename(path).removesuffix(".py")
-    if word in EXERCISES and Path(path).read_text(encoding="utf-8") == exercise_text(word):
+    if word in EXERCISES and Path(path).read_text("utf-8", "replace") == exercise_text(word):
         show(f"{path}: the body is still empty")
         return "empty"
     try:
@@ -1379,8 +1379,8 @@ def show_curves(ours, yours):
 
 def train_ml_100k():
     """train.py's own run with the functions in place; in float64, as they were graded."""
-    print("Some minutes, in a new folder of runs/. Ctrl-C ends it for good: --resume would go on "
-          "with our functions.", flush=True)
+    print("Some minutes, in a new folder of runs/. Do not --resume it after Ctrl-C, whatever is "
+          "said then: it would go on with our functions.", flush=True)
     lrurec.init_params = functools.partial(lrurec.init_params, dtype=np.float64)
     return train.main(["train"])
 
@@ -1394,6 +1394,8 @@ def train_with(paths, on_ml_100k):
     paths = [path for path, verdict in verdicts.items() if verdict != "empty"]
     found = {name for path in paths for name in load_answers(path)}
     names = [name for name in IN_TRAINING if name in found]
+    if not names and "right" not in verdicts.values():
+        return 1                                   # what is wrong has been said
     if not names:
         return refuse("a training uses none of these functions; those that it uses: "
                       + ", ".join(IN_TRAINING))
@@ -2693,6 +2695,13 @@ def test_the_same_data_may_come_from_another_place_but_no_other_data(tiny, tmp_p
         assert "has other events than the training had" in refused(*command, "--data", moved)
 
 
+def test_a_finished_run_says_that_nothing_is_left_to_train(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert program(*tiny, "--epochs", 1, "--out", run) == 0
+    assert program("--resume", run, "--batch-size", "none") == 0  # the number it has
+    assert "nothing left to train after 1 epochs" in capsys.readouterr().out
+
+
 def test_metrics_are_deleted_only_when_their_model_is_replaced(tiny, tmp_path):
     config = train.configure(data=tiny[1], epochs=1, d_model=2)
     state = train.fit(train.load_data(config), config, tmp_path)
@@ -2807,7 +2816,7 @@ def test_compare_prints_each_run_the_mean_and_the_deviation_but_not_of_other_dat
                   "validation": dict.fromkeys(train.SHOWN, recall),
                   "test": dict.fromkeys(train.SHOWN, recall / 2)}
         write(tmp_path / name / "metrics.json", json.dumps(report))
-    assert program("compare", "a", "b") == 0
+    assert program("compare", "a", "b", "a/") == 0, "a counts once"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[::7] for line in lines if "Recall" not in line] == [
         ["validation"], ["a", "0.1000"], ["b", "0.3000"], ["mean", "0.2000"], ["±", "0.1414"],
@@ -3022,4 +3031,9 @@ def test_another_device_is_refused():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):        # a learner's names may be of any alphabet
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -265,6 +265,7 @@ def fit(data, config, folder, resume=False):
     print(f"ties by {config['ties']}; batches of {config['batch_size']} windows; run in {folder}",
           flush=True)
     history = state["history"]
+    n_before = len(history)
     with ThreadPoolExecutor(config["threads"]) as pool:
         while (len(history) < config["epochs"]
                and len(history) - best_epoch(history) < config["patience"]):
@@ -279,6 +280,8 @@ def fit(data, config, folder, resume=False):
             mark = "*" if best_epoch(history) == epoch else " "
             print(f"epoch {epoch:3d}  loss {loss:.4f}  validation {BEST} {validation[BEST]:.4f} "
                   f"{mark}  {seconds:.1f} s", flush=True)         # what is printed is saved
+    if len(history) == n_before:
+        print(f"nothing left to train after {n_before} epochs: raise --epochs or --patience")
     return state
 
 
@@ -526,6 +529,8 @@ def train_command(args, given):
     if resume:
         folder = args.resume
         state = read_state(folder)
+        if given.get("batch_size", 0) is None:     # none: the number that the run found
+            del given["batch_size"]
         config = configure(state["config"], **given)
         data = load_data(config, trained=state)
     else:
@@ -584,7 +589,7 @@ def evaluate_command(args, given):
 def compare_command(args, given):
     """Validation and test metrics of finished runs, their mean and sample standard deviation."""
     tables, tasks = {"validation": {}, "test": {}}, {}
-    for folder in args.folders:
+    for folder in dict.fromkeys(map(os.path.normpath, args.folders)):
         path = os.path.join(folder, "metrics.json")
         with reading(path, "the metrics of a run", "give the folders of finished runs"):
             with open(path, encoding="utf-8") as file:
