@@ -496,7 +496,8 @@ def likeness(a, n, arrays, others):
 # What is said, a piece of our source, what stands in its place: what people get wrong here, as a
 # teacher would name it. A sentence says what is right, or begins "missing:" or "too many:". It is
 # said where our function with that edit gives the learner's numbers. A test asks that each piece
-# occurs once, and that each edited function is refused with its own sentence.
+# occurs once, and that each edited function is refused with its own sentence. To be looked up:
+# read the lines of the function that you teach or have just derived.
 
 MISTAKES = {
 "numeric_gradient": [
@@ -685,7 +686,9 @@ MISTAKES = {
 
 # ---------------------------------------------------------------------------------------------
 # What each function is called with: two sets of numbers and shapes, or more. A gradient should be
-# what central differences give, for a random projection of the forward's output as the loss
+# what central differences give, for a random projection of the forward's output as the loss. All
+# of these look alike: numbers, our forward, and what is expected, in the order of the computation,
+# so that the first wrong tensor is the one nearest to the mistake
 
 AGAIN = " with other numbers and shapes (the calls before were right)"
 
@@ -1423,7 +1426,8 @@ def train_with(paths, on_ml_100k):
 
 
 # ---------------------------------------------------------------------------------------------
-# For those who know PyTorch: the same model, forward only, in the same letters
+# For those who know PyTorch: the same model, forward only, in the same letters. It is timed with our
+# scan and scan_backward, and checked with a scan of its own too
 
 def torch_loss(params, items, targets, starts, scan, dropout=0.0):
     """params, items, targets, starts as torch tensors -> logits (N, V+1), loss"""
