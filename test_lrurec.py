@@ -1426,8 +1426,8 @@ def train_with(paths, on_ml_100k):
 
 
 # ---------------------------------------------------------------------------------------------
-# For those who know PyTorch: the same model, forward only, in the same letters. It is timed with our
-# scan and scan_backward, and checked with a scan of its own too
+# For those who know PyTorch: the same model, forward only, in the same letters. It is timed with
+# our scan and scan_backward, and checked with a scan of its own too
 
 def torch_loss(params, items, targets, starts, scan, dropout=0.0):
     """params, items, targets, starts as torch tensors -> logits (N, V+1), loss"""
