@@ -95,7 +95,7 @@ def gelu_backward(dout, cache):
 
 def row_mean(x):
     """x (N, D) -> (N, 1): x.mean(1, keepdims=True), as a product. By turns in one process, a step
-    with x.mean took 2 to 6 % longer on a Xeon, 25 % on an EPYC."""
+    with x.mean took 2 to 6 % longer on a Xeon, 25 % on another machine."""
     return x @ xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
 
 

@@ -1397,9 +1397,9 @@ def train_with(paths, on_ml_100k):
     paths = [path for path, verdict in verdicts.items() if verdict != "empty"]
     found = {name for path in paths for name in load_answers(path)}
     names = [name for name in IN_TRAINING if name in found]
-    if not names and "right" not in verdicts.values():
-        return 1                                   # what is wrong has been said
     if not names:
+        if "right" not in verdicts.values():       # what is wrong has been said
+            return 1
         return refuse("a training uses none of these functions; those that it uses: "
                       + ", ".join(IN_TRAINING))
     print(f"Your functions in the model: {', '.join(names)}", flush=True)
@@ -2473,7 +2473,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(finished):
 
 
 def test_the_report_has_the_metrics_of_the_saved_model_and_of_the_baselines(finished, model):
-    report, (params, info) = finished.report, train.read_model(model)
+    report, (params, _) = finished.report, train.read_model(model)
     data = train.load_data(report["config"])
     assert report["data"] == {"name": data.name, "users": 30, "items": 41, "events": 362,
                               "digest": data.digest}
