@@ -1713,16 +1713,15 @@ def test_the_check_fails_where_a_gradient_is_off_by_a_hundred_thousandth(factor,
 def test_step_goes_on_where_encode_stops():
     params, (items, _, starts) = tiny_params(), check_batch()
     hidden, states = lrurec.encode(params, items, starts, return_state=True)
-    segments = np.split(items, np.flatnonzero(starts))
-    assert states.shape == (2, len(segments), 5)
-    row = 0
-    for k, segment in enumerate(segments):
+    by_step, ends = [], []
+    for segment in np.split(items, np.flatnonzero(starts)):
         state = lrurec.init_state(params)
         for item in segment:
             x, state = lrurec.step(params, state, np.array([item]))
-            assert relative_error(x[0], hidden[row]) < 1e-12, row
-            row += 1
-        assert relative_error(state[:, 0], states[:, k]) < 1e-12, k
+            by_step.append(x[0])
+        ends.append(state[:, 0])
+    assert relative_error(np.stack(by_step), hidden) < 1e-12
+    assert relative_error(np.stack(ends, 1), states) < 1e-12
 
 
 def test_scan_loop_gives_the_example_in_its_docstring():
@@ -1757,7 +1756,8 @@ def test_float32_stays_exact_over_a_very_long_history():
 
 def test_nothing_passes_a_wall_and_the_future_never_reaches_the_past():
     params, items = tiny_params(), np.array([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4])
-    hidden, segment = lrurec.encode(params, items, STARTS), np.cumsum(STARTS)
+    integers = STARTS.astype(int).tolist()         # may be given too
+    hidden, segment = lrurec.encode(params, items, integers), np.cumsum(STARTS)
     for n in range(11):
         changed = items.copy()
         changed[n] = items[n] % 7 + 1
@@ -1774,9 +1774,9 @@ def test_eigenvalues_start_uniformly_on_their_part_of_the_ring(max_phase):
         area = (abs(lam) ** 2 - 0.8 ** 2) / (0.99 ** 2 - 0.8 ** 2)
         turn = np.angle(lam) % (2 * math.pi) / (2 * math.pi * max_phase)
         for uniform in (area, turn):
-            quantiles = np.quantile(uniform, [0, 0.25, 0.5, 0.75, 1])
-            assert quantiles == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.04)
-            assert quantiles[[0, 4]] == pytest.approx([0, 1], abs=0.01), "the ends of the ring"
+            assert np.quantile(uniform, [0.25, 0.5, 0.75]) == pytest.approx(
+                [0.25, 0.5, 0.75], abs=0.04)
+            assert [uniform.min(), uniform.max()] == pytest.approx([0, 1], abs=0.01)
         assert np.exp(2 * p["lru.gamma_log"]) == pytest.approx(1 - abs(lam) ** 2, rel=1e-3)
 
 
@@ -1821,22 +1821,13 @@ def test_ids_that_are_no_items_or_too_few_or_too_many_are_refused(ids, message):
             function(params, *arguments)
 
 
-def test_walls_may_be_given_as_integers():
-    params, (items, targets, starts) = tiny_params(), check_batch()
-    integers = starts.astype(int).tolist()
-    assert (lrurec.encode(params, items, integers) == lrurec.encode(params, items, starts)).all()
-    loss, _ = lrurec.loss_and_grads(params, items, targets, starts)
-    assert loss == lrurec.loss_and_grads(params, items, targets, integers)[0]
-
-
 @pytest.mark.parametrize("rows, logits, sizes", [
     (256, 2 ** 26, [37]), (10, 2 ** 26, [10, 10, 10, 7]), (256, 60, [10, 10, 10, 7]),
     (256, 1, 37 * [1])])
-@pytest.mark.parametrize("scale, shift, n_targets", [
-    (1, 0, 37), (1e4, 0, 37), (1e4, -1e6, 37), (1, 0, 1), (1, 0, 0)])
+@pytest.mark.parametrize("scale, n_targets", [(1, 37), (1e4, 37), (1, 1), (1, 0)])
 def test_the_loss_and_its_gradients_by_their_definition_in_chunks_of_any_size(
-        rows, logits, sizes, scale, shift, n_targets, monkeypatch):
-    hidden, E, bias = scale * real(37, 3), real(6, 3), scale * real(6) + shift
+        rows, logits, sizes, scale, n_targets, monkeypatch):
+    hidden, E, bias = scale * real(37, 3), real(6, 3), scale * (real(6) - 100)
     targets = np.random.default_rng(0).integers(0, 6, 37)         # where 0, the row has no loss
     targets[n_targets:] = 0
     weights = (targets > 0) / max(1, np.count_nonzero(targets))
@@ -1917,12 +1908,6 @@ def test_gradients_are_clipped_by_their_norm_over_all_arrays(max_norm, factor):
     assert grads["a"][0] == 3 * factor and grads["b"][0] == 4j * factor
 
 
-def test_pickled_objects_are_not_loaded(tmp_path):
-    np.savez(tmp_path / "m.npz", extra=np.array("{}"), p=np.array([{}]))
-    with pytest.raises(ValueError, match="m.npz is not a model file"):
-        lrurec.load(tmp_path / "m.npz")
-
-
 # ---------------------------------------------------------------------------------------------
 # Data
 
@@ -1952,19 +1937,20 @@ RIGHT_FILES = {  # content, then columns and delimiter where they are given
 @pytest.mark.parametrize("content, columns, delimiter", [
     (*case, None, None)[:3] for case in RIGHT_FILES.values()], ids=RIGHT_FILES)
 def test_every_right_file_gives_the_same_data(content, columns, delimiter, tmp_path):
-    path = write(tmp_path / "f", content)
-    data = reader.load_dataset(path, 0, columns=columns, delimiter=delimiter)
-    assert (data.user_ids, data.item_ids) == (["1", "2"], ["", "10", "11"])
-    assert data.items.tolist() == [1, 2, 1] and data.offsets.tolist() == [0, 2, 3]
-    numbers = np.array([1, 2, 1] + [0, 2, 3], "<i8").tobytes()
-    assert data.digest == hashlib.sha256(numbers + b"\x0010" + b"\x0011").hexdigest()
+    plain = write(tmp_path / "f", content)
+    zipped = write(tmp_path / "f.gz", gzip.compress(content.encode()))
+    for path in (plain, zipped):
+        data = reader.load_dataset(path, 0, columns=columns, delimiter=delimiter)
+        assert (data.user_ids, data.item_ids) == (["1", "2"], ["", "10", "11"])
+        assert data.items.tolist() == [1, 2, 1] and data.offsets.tolist() == [0, 2, 3]
+        numbers = np.array([1, 2, 1] + [0, 2, 3], "<i8").tobytes()
+        assert data.digest == hashlib.sha256(numbers + b"\x0010" + b"\x0011").hexdigest()
 
 
-def test_a_file_whose_name_ends_in_gz_is_gzip(tmp_path):
-    whole = gzip.compress(PLAIN.encode())
-    assert reader.load_dataset(write(tmp_path / "f.gz", whole), 0).items.tolist() == [1, 2, 1]
+def test_a_gzip_file_that_is_cut_off_is_refused(tmp_path):
+    path = write(tmp_path / "f.gz", gzip.compress(PLAIN.encode())[:-9])
     with pytest.raises(reader.DataError, match="f.gz cannot be read .*gzip where its name ends"):
-        reader.load_dataset(write(tmp_path / "f.gz", whole[:-9]))
+        reader.load_dataset(path)
 
 
 WRONG_FILES = {  # content, what the message says, and the columns where they are given
@@ -1975,13 +1961,10 @@ WRONG_FILES = {  # content, what the message says, and the columns where they ar
     "one name twice": ("a,b,b\n1,2,3\n", "several columns for b: 'b', 'b'.*delete", "a,b"),
     "an unknown name": (PLAIN, "no header names the columns x. .*1 'user', 2 'item'", "user,x"),
     "number 0": ("0,1\n0,2\n", "no column 0: they are numbered from 1", "0,1"),
-    "a usual header by number": (PLAIN, "line 1: 'user' looks like a header", "1,2,3"),
     "another header by number": ("who,what,when\n1,2,3\n", "'when'.*is a header, give", "1,2,3"),
-    "an address": ("2001:db8::1,a\n", "at '::' or ',': give one as --delimiter.*db8::1,a'", "1,2"),
-    "a decimal comma": ("u;a;3,5\n", "at ',' or ';': give one", "1,2"),
+    "two delimiters": ("u;a;3,5\n", "at ',' or ';': give one as --delimiter.*u;a;3,5'", "1,2"),
     "few fields": ("user,item,time\n1,2,3\n1,2\n", "line 3: 2 fields, but the first line has 3"),
     "an empty field too many": ("a,b,x\n1,2,\n1,R, T,\n", "line 3: 4 .*stands in quotes", "a,b"),
-    "a tab in quotes": ('user\ttime\titem\n1\t"a\tb"\t2\n', "line 2: 4 fields"),
     "the header again": ("who,what\n1,2\nwho,what\n", "line 3: a header again, 'who'", "who,what"),
     "a usual header below": ("1,2\nItem_ID,userId\n", "line 2: a header again", "1,2"),
     "a quote over lines": ('time,user,item\n1,1,2\n"2,1,3\n3",1,4\n', "line 3: .*check its quotes"),
@@ -2041,7 +2024,6 @@ def test_the_report_shows_the_first_and_last_time_where_there_is_one(first, last
     path = write(tmp_path / "f", f"{header}\n1,1{first}\n1,2{last}\n1,3{last}\n")
     report = reader.load_dataset(path, 0).report
     assert report[2] == f"{path}: 1 users, 3 items, 3 events{shown}"
-    assert ("time from the order of the lines" in report[0]) == (not shown)
     assert any("the same time" in line for line in report) == bool(shown)
     assert report[-1] == "0 of 1 test items are already in their user's history"
 
@@ -2100,21 +2082,13 @@ def test_training_rows_by_hand():
     assert reader.training_rows(FOUR_USERS).windows.tolist() == [0, 5, 7, 8, 10]
 
 
-@pytest.mark.parametrize("split, max_len, histories, truth", [
-    ("test", 3, [[4, 5, 6], [10, 11]], [7, 12]),
-    ("validation", None, [[1, 2, 3, 4, 5], [10]], [6, 11])])
-def test_histories_by_hand(split, max_len, histories, truth):
-    found, true_items = reader.histories(FOUR_USERS, split, max_len)
-    assert [history.tolist() for history in found] == histories
-    assert true_items.tolist() == truth
-
-
-def test_full_histories_hold_nothing_out():
-    found = reader.full_histories(FOUR_USERS, max_len=2)
-    assert [history.tolist() for history in found] == [[6, 7], [8, 9], [11, 12], [13, 14]]
-
-
-def test_another_split_is_refused():
+def test_histories_by_hand():
+    histories, truth = reader.histories(FOUR_USERS, "test", max_len=3)
+    assert [h.tolist() for h in histories] == [[4, 5, 6], [10, 11]] and truth.tolist() == [7, 12]
+    histories, truth = reader.histories(FOUR_USERS, "validation")
+    assert [h.tolist() for h in histories] == [[1, 2, 3, 4, 5], [10]] and truth.tolist() == [6, 11]
+    histories = reader.full_histories(FOUR_USERS, max_len=2)
+    assert [h.tolist() for h in histories] == [[6, 7], [8, 9], [11, 12], [13, 14]]
     with pytest.raises(ValueError, match="split must be 'validation' or 'test' .got 'train'"):
         reader.histories(FOUR_USERS, "train")
 
@@ -2149,13 +2123,10 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def pip_with(wheel):
-    """A stand-in for subprocess.run: pip puts this wheel into its folder, without one it fails."""
-    def run(command, **_):
-        if wheel:
-            write(Path(command[command.index("--dest") + 1], "recbole.whl"), wheel)
-        return subprocess.CompletedProcess(command, 0 if wheel else 1, "", "first\nno network\n")
-    return run
+def pip_download(command, **_):
+    """A stand-in for subprocess.run: pip puts RecBole's copy into its folder"""
+    write(Path(command[command.index("--dest") + 1], "recbole.whl"), zip_of(RECBOLE))
+    return subprocess.CompletedProcess(command, 0)
 
 
 @pytest.mark.parametrize("name, answer, said", [
@@ -2170,7 +2141,7 @@ def pip_with(wheel):
 def test_every_archive_gives_the_same_data_and_is_fetched_once(name, answer, said, cache, capsys,
                                                                monkeypatch):
     opener = Mock(side_effect=[io.BytesIO(answer) if isinstance(answer, bytes) else answer])
-    monkeypatch.setattr(subprocess, "run", pip_with(zip_of(RECBOLE)))
+    monkeypatch.setattr(subprocess, "run", pip_download)
     reader.read_movielens(name, opener)
     data = reader.load_dataset(name, 0)            # out of the cache
     assert os.listdir(cache) == [f"{name}.zip"]
@@ -2188,8 +2159,9 @@ def test_another_archive_in_the_cache_is_refused(cache):
 
 
 def test_where_both_fail_nothing_is_kept_and_the_way_by_hand_is_shown(cache, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", pip_with(b""))
-    with pytest.raises(reader.DataError, match="cannot be fetched .*no route; pip: no") as error:
+    failed = subprocess.CompletedProcess([], 1, "", "first\nno network\n")
+    monkeypatch.setattr(subprocess, "run", Mock(return_value=failed))
+    with pytest.raises(reader.DataError, match="cannot be fetched .*no route; pip: no n") as error:
         reader.read_movielens("ml-100k", Mock(side_effect=OSError("no route")))
     assert str(error.value).endswith(f"ml-100k.zip by hand and put it at {cache / 'ml-100k.zip'}")
     assert not cache.exists()
@@ -2198,8 +2170,7 @@ def test_where_both_fail_nothing_is_kept_and_the_way_by_hand_is_shown(cache, mon
 def test_a_cache_that_cannot_be_written_is_done_without(cache, capsys):
     write(cache, "a file where the folder should be")
     events, _ = reader.read_movielens("ml-1m", lambda url, timeout: io.BytesIO(zip_of(ML_1M)))
-    assert events.times.tolist() == [5, 4]
-    assert "ml-1m is not kept" in capsys.readouterr().err
+    assert events.times.tolist() == [5, 4] and "ml-1m is not kept" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2208,8 +2179,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache, capsys):
 @pytest.mark.parametrize("settings, message", [
     ({"epohcs": 3}, "no setting 'epohcs': choose from"), ({"epochs": None}, "got None"),
     ({"epochs": 0}, "--epochs must be an integer from 1 to 2147483647 .got 0."),
-    ({"max_len": 10 ** 20}, "--max-len must be an integer from 1"), ({"seed": True}, "got True"),
-    ({"lr": math.nan}, "--lr must be a number >= 0.0 .got nan."), ({"lr": math.inf}, "got inf"),
+    ({"max_len": 10 ** 20}, "got 1000"), ({"seed": True}, "got True"), ({"lr": math.inf}, "got inf"),
+    ({"lr": math.nan}, "--lr must be a number >= 0.0 .got nan."),
     ({"dropout": 1}, "--dropout must be a number from 0.0 to 0.99 .got 1."),
     ({"rank_seen": "no"}, "--rank-seen must be True or False .got 'no'"),
     ({"data": 7}, "--data must be text .got 7."), ({"titles": "nowhere"}, "nowhere is not a file"),
@@ -2275,24 +2246,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words, message, model, refused
     assert message in error.replace("\\", "/") and os.listdir() == ["pairs"]
 
 
-@pytest.mark.parametrize("imports, threads, n_warnings", [
-    ("numpy, train", None, 1), ("train, numpy", None, 0), ("numpy, train", "1", 0)])
-def test_numpy_imported_first_with_many_threads_is_one_warning(imports, threads, n_warnings):
+@pytest.mark.parametrize("imports, n_warnings", [("numpy, train", 1), ("train, numpy", 0)])
+def test_blas_has_one_thread_and_numpy_imported_first_is_a_warning(imports, n_warnings):
     env = {name: value for name, value in os.environ.items() if not name.endswith("_THREADS")}
-    env.update({"OPENBLAS_NUM_THREADS": threads} if threads else {})
     show = f"import os, {imports}; print(os.environ['OPENBLAS_NUM_THREADS'])"
     done = subprocess.run([sys.executable, "-c", show], cwd=HERE, env=env, capture_output=True,
                           text=True)
-    assert done.stdout == "1\n"
-    assert done.stderr.count("UserWarning: NumPy was imported before train.py") == n_warnings
+    assert done.stdout == "1\n" and done.stderr.count("UserWarning: NumPy") == n_warnings
 
 
 def test_progress_stays_on_one_line_of_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    train.progress("epoch 1", begin=time.perf_counter(), done=1, left=0)
     train.progress(100 * "x")
-    assert capsys.readouterr().err == f"\r{'epoch 1  about 0 s to go':79}\r\r{79 * 'x'}\r"
+    assert capsys.readouterr().err == f"\r{79 * 'x'}\r"
 
 
 def rank_by_hand(scores, true, history, rank_seen):
@@ -2333,13 +2300,10 @@ def test_standard_errors_are_over_users():
         {"Recall@10": 0.25, "NDCG@10": np.std([1, 0.5, 0, 0]) / 2})
 
 
-def test_a_scorer_s_own_array_is_not_changed():
+def test_a_scorer_s_own_array_is_not_changed_and_another_shape_is_refused():
     table = np.tile(np.arange(61.0), (40, 1))
     train.evaluate(lambda seen: table[:len(seen)], FORTY_USERS, "test")
     assert (table == np.arange(61.0)).all()
-
-
-def test_scores_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"here \(16, 61\) \(got \(16, 9\)"):
         train.evaluate(lambda seen: np.zeros((len(seen), 9)), FORTY_USERS, "test")
 
@@ -2411,22 +2375,14 @@ def row(name, table):
     return f"{name:10}" + "".join(f"{table[metric]:10.4f}" for metric in train.SHOWN)
 
 
-def test_a_run_prints_what_was_read_its_epochs_and_the_test(finished):
-    report, data = finished.report, train.load_data(finished.report["config"])
-    lines = finished.printed.splitlines()
-    assert lines[:len(data.report)] == list(data.report)
-    assert lines[len(data.report)].endswith(f"batches of 8 windows; run in {finished.folder}")
-    shown = re.findall(r"(?m)^epoch +\d+  loss (\S+)  validation \S+ (\S+)", finished.printed)
-    assert shown == [(f"{h['loss']:.4f}", f"{h['Recall@10']:.4f}") for h in report["history"]]
-    assert lines[-4:-1] == [row("popularity", report["baselines"]["popularity"]),
-                            row("Markov", report["baselines"]["markov"]),
-                            row("LRURec", report["test"])]
-
-
-def test_evaluate_prints_the_metrics_again(finished, model, capsys):
+def test_a_run_and_evaluate_print_these_metrics(finished, model, capsys):
+    report = finished.report
+    assert finished.printed.splitlines()[-4:-1] == [
+        row("popularity", report["baselines"]["popularity"]),
+        row("Markov", report["baselines"]["markov"]), row("LRURec", report["test"])]
     assert program("evaluate", model) == 0
     assert capsys.readouterr().out.splitlines()[1:3] == [
-        row("validation", finished.report["validation"]), row("test", finished.report["test"])]
+        row("validation", report["validation"]), row("test", report["test"])]
 
 
 # What golden_run gives, in its order. Made by
@@ -2471,32 +2427,22 @@ def test_shards_are_no_more_than_the_walls_allow():
 
 
 def test_with_average_the_model_is_the_running_mean_over_all_steps(tiny, tmp_path, monkeypatch):
-    weights, real_update = [], lrurec.adamw_update
+    config = train.configure(data=tiny[1], d_model=4, batch_size=8, lr=0.2, average=0.4, epochs=1)
+    data = train.load_data(config)
+    means, real_update = [train.new_state(data, config)["model"]], lrurec.adamw_update
 
     def update(params, *arguments):
         real_update(params, *arguments)
-        weights.append(copy.deepcopy(params))
+        mean, d = means[-1], min(0.4, (1 + len(means)) / (10 + len(means)))
+        means.append({name: m + (1 - d) * (params[name] - m) for name, m in mean.items()})
 
     monkeypatch.setattr(lrurec, "adamw_update", update)
-    config = train.configure(data=tiny[1], d_model=4, batch_size=8, lr=0.2, average=0.4, epochs=1)
-    data = train.load_data(config)
-    mean = train.new_state(data, config)["model"]  # the initial weights
     train.fit(data, config, tmp_path)
-    for t, params in enumerate(weights, 1):
-        d = min(0.4, (1 + t) / (10 + t))
-        mean = {name: m + (1 - d) * (params[name] - m) for name, m in mean.items()}
     model, info = train.read_model(tmp_path / "model.npz")
-    assert len(weights) == 4
-    assert all(relative_error(model[name], m) < 1e-6 for name, m in mean.items())
-    of_mean, of_last = (train.evaluate(train.model_scorer(params), data, "validation", 200)
-                        for params in (model, weights[-1]))
-    assert info["validation"] == of_mean != of_last
-
-
-@pytest.mark.parametrize("users, events, size", [(5, 3, 1400), (3, 3002, 1), (40, 12, 140)])
-def test_a_batch_has_as_many_windows_as_hold_about_1400_events(users, events, size):
-    data = dataset(np.arange(users * events) % 7 + 1, range(0, users * events + 1, events), 7)
-    assert train.usual_batch_size(reader.training_rows(data)) == size
+    assert len(means) == 1 + 4
+    assert all(relative_error(model[name], m) < 1e-6 for name, m in means[-1].items())
+    scorer = train.model_scorer(model)
+    assert info["validation"] == train.evaluate(scorer, data, "validation", 200)
 
 
 def end_of(folder):
@@ -2594,12 +2540,15 @@ def test_no_two_runs_share_a_folder(tiny, tmp_path, monkeypatch):
         train.new_folder("runs/toy", "toy.csv")    # made by another since --out was checked
 
 
-def test_fit_leaves_its_settings_alone_and_refuses_what_does_not_belong_together(tiny, tmp_path):
+def test_fit_leaves_its_settings_alone_and_refuses_what_does_not_belong_together(
+        tiny, tmp_path, capsys):
     config = train.configure(data=tiny[1], epochs=1, d_model=2)
     data = train.load_data(config)
     state = train.fit(data, config, tmp_path)      # which exists, but holds no run
     assert state["config"]["batch_size"] == 146 and config["batch_size"] is None
     assert len(train.fit(data, {**config, "epochs": 2}, tmp_path, resume=True)["history"]) == 2
+    train.fit(data, {**config, "epochs": 2}, tmp_path, resume=True)
+    assert capsys.readouterr().out.count("nothing left to train after 2 epochs") == 1
     with pytest.raises(reader.DataError, match="holds a run: give resume=True, or another folder"):
         train.fit(data, config, tmp_path)
     with pytest.raises(reader.DataError, match="the settings name ml-100k, but these data are"):
@@ -2613,7 +2562,7 @@ def test_the_same_data_may_come_from_another_place_but_no_other_data(tiny, tmp_p
     assert program(*tiny, "--epochs", 1, "--out", run) == 0
     os.rename(tiny[1], moved)
     assert "toy.csv is not there any more: say where it is with --data" in refused("--resume", run)
-    assert program("--resume", run, "--epochs", 2, "--data", moved) == 0
+    assert program("--resume", run, "--epochs", 2, "--data", moved, "--batch-size", "none") == 0
     assert report_in(run)["config"]["data"] == str(moved)
     write(moved, moved.read_text() + "\nu0,i0,99")
     for command in (["--resume", run], ["evaluate", run / "model.npz"],
@@ -2621,22 +2570,13 @@ def test_the_same_data_may_come_from_another_place_but_no_other_data(tiny, tmp_p
         assert "has other events than the training had" in refused(*command, "--data", moved)
 
 
-def test_a_finished_run_says_that_nothing_is_left_to_train(tiny, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert program(*tiny, "--epochs", 1, "--out", run) == 0
-    assert program("--resume", run, "--batch-size", "none") == 0  # the number it has
-    assert "nothing left to train after 1 epochs" in capsys.readouterr().out
-
-
-def test_metrics_are_deleted_only_when_their_model_is_replaced(tiny, tmp_path):
-    config = train.configure(data=tiny[1], epochs=1, d_model=2)
-    state = train.fit(train.load_data(config), config, tmp_path)
-    metrics = tmp_path / "metrics.json"
-    write(metrics, "")
-    for recall, is_kept in ((-1.0, True), (2.0, False)):
-        state["history"].append({"Recall@10": recall})
-        train.save_state(tmp_path, state, {})
-        assert metrics.exists() == is_kept
+@pytest.mark.parametrize("recall, is_kept", [(-1.0, True), (2.0, False)])
+def test_metrics_are_deleted_only_when_their_model_is_replaced(recall, is_kept, finished, tmp_path):
+    state = train.read_state(finished.folder)
+    state["history"].append({"Recall@10": recall})
+    write(tmp_path / "metrics.json", "")
+    train.save_state(tmp_path, state, {})
+    assert (tmp_path / "metrics.json").exists() == is_kept
 
 
 # ---------------------------------------------------------------------------------------------
