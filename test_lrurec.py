@@ -24,8 +24,7 @@ Contents
     Files of answers, and training with them
     For those who know PyTorch
     The commands
-    The tests: of the grader, the model, the data, settings and evaluation, a run, the commands,
-    the README and the GPU
+    The tests: grader, model, data, settings and evaluation, runs, commands, README, GPU
 
 Offline, but for `train --ml-100k` and `pytorch`, which fetch ML-100K once. In float64, where
 nothing else is said.
@@ -85,7 +84,6 @@ def compl(*shape, seed=1):
 
 
 STARTS = np.array([0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0], bool)
-NO_WALLS = np.zeros(11, bool)
 
 
 def lam_of(H, radius=0.9):
@@ -208,7 +206,7 @@ class Wrong(AssertionError):
 class Call(NamedTuple):
     """One call of an answer, and what it should return."""
     arguments: tuple
-    expected: dict                # tensors by name, in the order of the computation; {}: ValueError
+    expected: dict                # tensors by name, in the order of the computation
     outputs: list                 # what is returned, in this order; [] where all is in place
     note: str = ""
     tolerance: float = 1e-6
@@ -235,23 +233,24 @@ def same(a, n, tolerance=1e-6):
             and relative_error(a, n) < tolerance)         # nan is not
 
 
-def arrays_in(value, label="", names=()):
-    """(name, array) pairs: every array in a nest of dicts, tuples and lists."""
-    if isinstance(value, np.ndarray):
-        yield label, value
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            yield from arrays_in(entry, f'{label}["{key}"]' if label else key, names)
-    elif isinstance(value, (tuple, list)):
-        known = names if label == "cache" else ()
-        for i, entry in enumerate(value):
-            yield from arrays_in(entry, known[i] if known else f"{label}[{i}]", names)
-
-
 def named_arrays(name, arguments):
     """Every array among the arguments of ours(name), by the name that the learner knows."""
-    parameters = inspect.signature(ours(name)).parameters
-    return dict(arrays_in(dict(zip(parameters, arguments)), names=CACHES.get(name, ())))
+    arrays = {}
+
+    def collect(label, value):
+        if isinstance(value, np.ndarray):
+            arrays[label] = value
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                collect(f'{label}["{key}"]', entry)
+        elif isinstance(value, (tuple, list)):
+            names = CACHES.get(name) if label == "cache" else None
+            for i, entry in enumerate(value):
+                collect(names[i] if names else f"{label}[{i}]", entry)
+
+    for label, value in zip(inspect.signature(ours(name)).parameters, arguments):
+        collect(label, value)
+    return arrays
 
 
 def grade(name, function):
@@ -260,13 +259,12 @@ def grade(name, function):
     with np.errstate(all="ignore"):
         for call in calls(name):
             try:
-                if call.expected:
-                    grade_call(name, function, call)
-                else:
-                    grade_refusal(name, function, call)
+                grade_call(name, function, call)
             except Exception as error:
                 error.add_note(f"(in a call of your {name}{call.note})")
                 raise
+    for label in {"loss_and_grads": ("items", "targets"), "step": ("items",)}.get(name, ()):
+        grade_unknown_ids(name, function, label)
     if name in ("scan", "scan_backward"):
         grade_lines_and_memory(name, function)
 
@@ -292,19 +290,40 @@ def grade_call(name, function, call):
     compare(name, call, tensors, f"your {name} is wrong{call.note}")
 
 
-def grade_refusal(name, function, call):
-    """An id that is no item's has to raise a ValueError."""
-    try:
-        function(*copy.deepcopy(call.arguments))
-    except ValueError:
-        return
-    raise Wrong(f"your {name} should raise ValueError{call.note}, as as_ids does")
+def grade_unknown_ids(name, function, label):
+    """An id outside 0..7 has to raise a ValueError."""
+    call = calls(name)[0]
+    for unknown in (8, -1):
+        arguments, options = copy.deepcopy((call.arguments, call.options))
+        named_arrays(name, arguments)[label][-1] = unknown
+        try:
+            function(*arguments, **options)
+        except ValueError:
+            continue
+        except IndexError:                         # NumPy's own is not enough
+            pass
+        raise Wrong(f"your {name} should raise ValueError for id {unknown} of 0..7 in {label}, "
+                    "as as_ids does")
 
 
 def tensors_of(name, function, arguments, call):
-    """Call function -> what it returned by name; of adamw_update, what is in its arrays then."""
+    """Call function -> what it returned, by name; a dict of gradients counts as its entries. Of
+    adamw_update, what is in its arrays then."""
     result = function(*arguments, **copy.deepcopy(call.options))
-    return by_name(name, result, call) if call.outputs else adamw_tensors(*arguments[:3])
+    if not call.outputs:
+        return adamw_tensors(*arguments[:3])
+    several = isinstance(result, (tuple, list)) and len(call.outputs) > 1
+    values = result if several else [result]
+    if result is None or len(values) != len(call.outputs):
+        count = "nothing" if result is None else f"{len(values)} value(s)"
+        raise Wrong(f"your {name} returned {count}; it should return {', '.join(call.outputs)}")
+    tensors = {}
+    for key, value in zip(call.outputs, values):
+        if isinstance(value, (int, float, np.generic)):
+            value = np.asarray(1.0 * value)        # a loss of 0 too
+        by_names = isinstance(value, dict) and key not in call.expected       # dp or grads
+        tensors.update(value if by_names else {key: value})
+    return tensors
 
 
 def adamw_tensors(params, grads, opt):
@@ -312,26 +331,6 @@ def adamw_tensors(params, grads, opt):
     tensors = {"step": np.array(opt["step"])}
     for name, p in params.items():
         tensors |= {f"m: {name}": opt["m"][name], f"v: {name}": opt["v"][name], name: p}
-    return tensors
-
-
-def by_name(name, result, call):
-    """What `name` returned, as a dict of tensors; a dict of gradients counts as its entries."""
-    outputs = call.outputs
-    if result is None:
-        raise Wrong(f"your {name} returned nothing: a return statement is missing")
-    several = isinstance(result, (tuple, list)) and len(outputs) > 1
-    values = result if several else (result,)
-    if len(values) != len(outputs):
-        count = f"{len(values)} values" if several else f"1 value ({type(result).__name__})"
-        raise Wrong(f"your {name} returned {count}, it should return {len(outputs)}: "
-                    f"{', '.join(outputs)}")
-    tensors = {}
-    for key, value in zip(outputs, values):
-        if isinstance(value, (int, float, np.generic)):
-            value = np.asarray(1.0 * value)        # a loss of 0 too
-        by_names = isinstance(value, dict) and key not in call.expected       # dp or grads
-        tensors.update(value if by_names else {key: value})
     return tensors
 
 
@@ -417,15 +416,11 @@ def form(a, n, others):
     return "" if a.any() else "it is all zeros"
 
 
-def code(function):
-    """The source of a function without its docstring."""
-    return "".join(inspect.getsource(function).split('"""')[::2])
-
-
 def source_of(name):
-    """Our function of that name as MISTAKES edits it: of loss_and_grads, with its helper."""
-    helpers = [lrurec.output_loss] if name == "loss_and_grads" else []
-    return "\n\n".join(map(code, [*helpers, ours(name)]))
+    """What MISTAKES edits: our function, without docstring; of loss_and_grads, its helper too."""
+    functions = [lrurec.output_loss, ours(name)] if name == "loss_and_grads" else [ours(name)]
+    return "\n\n".join("".join(inspect.getsource(function).split('"""')[::2])
+                       for function in functions)
 
 
 def mistaken(name, piece, replacement):
@@ -458,8 +453,7 @@ ARRAY_CHANGES = [  # kinds of arrays (f and c: numbers, b: starts), what is said
     ("c", "missing or too many: a conjugate at {}", np.conj),
     ("c", "missing: the imaginary part of {}; it counts too", np.real),
     ("b", "missing: the walls; without them come your numbers", np.zeros_like),
-    ("b", "your walls stand one row too far down",
-     functools.partial(np.roll, shift=1)),
+    ("b", "your walls stand one row too far down", functools.partial(np.roll, shift=1)),
     ("b", "your walls stand one row too far up", functools.partial(np.roll, shift=-1))]
 
 
@@ -484,11 +478,10 @@ def likeness(a, n, arrays, others):
     return ""
 
 
-# What is said, a piece of our source, what stands in its place: what people get wrong here, as a
-# teacher would name it. A sentence says what is right, or begins "missing:" or "too many:". It is
-# said where our function with that edit gives the learner's numbers. A test asks that each piece
-# occurs once, and that each edited function is refused with its own sentence. To be looked up:
-# read the lines of the function that you teach or have just derived.
+# What people get wrong, as a teacher would name it: a sentence, a piece of our source, what stands
+# in its place. The sentence is said where our function with that edit gives the learner's numbers;
+# it says what is right, or begins "missing:" or "too many:". A test asks that each piece occurs
+# once, and that each edited function is refused with its own sentence. To be looked up, not read.
 
 MISTAKES = {
 "numeric_gradient": [
@@ -655,30 +648,26 @@ def backward_call(forward, inputs, more=(), note="", outputs=None):
     return Call((*douts, cache, *more), expected, outputs or list(inputs), note)
 
 
-LAYERS = {  # backward function -> forward, its inputs in the first call and in the second
-    "linear_backward": (
-        lrurec.linear_forward, dict(x=real(5, 3), W=real(3, 4), b=real(4)),
-        dict(x=real(7, 2), W=real(2, 5), b=real(5))),
-    "gelu_backward": (lrurec.gelu_forward, dict(x=2 * real(6, 5)), dict(x=2 * real(4, 3))),
-    "layer_norm_backward": (
-        lrurec.layer_norm_forward, dict(x=real(4, 6), scale=real(6), shift=real(6, seed=2)),
-        dict(x=real(7, 4), scale=real(4), shift=real(4, seed=2))),
-    "complex_product_backward": (
-        complex_product_forward, dict(a=compl(6), w=compl(6, seed=2)),
-        dict(a=compl(4), w=compl(4, seed=2))),
-    "lam_backward": (
-        lrurec.lam_forward, dict(nu_log=real(5), theta_log=real(5, seed=2)),
-        dict(nu_log=real(8), theta_log=real(8, seed=2))),
-    "complex_in_backward": (
-        complex_in_plainly, dict(x=real(5, 3), B=compl(3, 4), b=compl(4)),
-        dict(x=real(7, 4), B=compl(4, 2), b=compl(2))),
-    "complex_out_backward": (
-        complex_out_plainly, dict(h=compl(5, 4), C=compl(4, 3), b=real(3)),
-        dict(h=compl(7, 2), C=compl(2, 4), b=real(4)))}
+def layers(N, D, H):
+    """A forward for each layer's backward, and numbers to call it with."""
+    return {
+        "linear_backward": (lrurec.linear_forward, dict(x=real(N, D), W=real(D, H), b=real(H))),
+        "gelu_backward": (lrurec.gelu_forward, dict(x=2 * real(N, D))),
+        "layer_norm_backward": (
+            lrurec.layer_norm_forward, dict(x=real(N, D), scale=real(D), shift=real(D, seed=2))),
+        "complex_product_backward": (
+            complex_product_forward, dict(a=compl(H), w=compl(H, seed=2))),
+        "lam_backward": (
+            lrurec.lam_forward, dict(nu_log=real(H), theta_log=real(H, seed=2))),
+        "complex_in_backward": (
+            complex_in_plainly, dict(x=real(N, D), B=compl(D, H), b=compl(H))),
+        "complex_out_backward": (
+            complex_out_plainly, dict(h=compl(N, H), C=compl(H, D), b=real(D)))}
 
 
-def layer_calls(forward, *cases):
-    for inputs, note in zip(cases, ("", AGAIN)):
+def layer_calls(name):
+    for sizes, note in (((5, 6, 4), ""), ((7, 3, 2), AGAIN)):
+        forward, inputs = layers(*sizes)[name]
         yield backward_call(lambda: forward(*inputs.values()),
                             {"d" + key: z for key, z in inputs.items()}, note=note)
 
@@ -772,17 +761,12 @@ def loss_calls():
                    options={"dropout": dropout, "rng": np.random.default_rng(5)})
 
 
-ADAMW_NAMES = ["item_embedding", "embedding_norm.scale", "blocks.0.lru.nu_log", "blocks.0.lru.B",
-               "blocks.0.lru.b_B"]
-NEARLY_DECAYED = ["item_embedding.scale", "blocks.0.lru.C.bias"]  # none ends with one of DECAYED
-
-
 def adamw_calls():
     """The third step, then the first of other numbers; eps and betas are not the usual ones."""
-    for shape, earlier_steps in (((3,), 2), ((2,), 0)):
-        everything = tiny_params()
-        params = {name: everything[name] for name in ADAMW_NAMES}
-        params |= {name: real(*shape) for name in NEARLY_DECAYED}
+    for sizes, earlier_steps in (((4, 5, 6), 2), ((3, 2, 4), 0)):
+        params = tiny_params(n_blocks=1, sizes=sizes)
+        for name in ("item_embedding.scale", "blocks.0.lru.C.bias"):  # none ends as DECAYED asks
+            params[name] = real(3)
         grads = {name: p[::-1] + 1 for name, p in params.items()}
         opt = lrurec.adamw_init(params)
         numbers, options = (0.1, 0.5), {"betas": (0.8, 0.95), "eps": 0.1}
@@ -797,19 +781,15 @@ def adamw_calls():
 
 def step_calls():
     """One event at a time, for some users, gives what encode gives for their histories."""
-    for n, n_users, n_blocks in ((8, 3, 2), (1, 3, 2), (0, 3, 2), (4, 2, 1)):
+    for n, n_users, n_blocks in ((8, 3, 2), (1, 3, 2), (4, 2, 1)):
         params = tiny_params(n_blocks=n_blocks)
         histories = np.random.default_rng(2).integers(0, 8, (n_users, n + 1))
         histories[0, -1] = 0                       # "nothing yet" is an item like any
-        state = lrurec.init_state(params, n_users)
-        if n:
-            state = np.concatenate([lrurec.encode(params, history[:n], NO_WALLS[:n], True)[1]
-                                    for history in histories], 1)
-        encoded = [lrurec.encode(params, history, NO_WALLS[:n + 1], True) for history in histories]
-        expected = {"state": np.concatenate([new_state for _, new_state in encoded], 1),
-                    "hidden": np.stack([hidden[-1] for hidden, _ in encoded])}
-        yield Call((params, state, histories[:, -1]), expected, ["hidden", "state"],
-                   f" after {n} events of each of {n_users} users")
+        starts = np.tile(np.arange(n + 1) == 0, (n_users, 1))
+        _, before = lrurec.encode(params, histories[:, :-1].ravel(), starts[:, :-1].ravel(), True)
+        hidden, state = lrurec.encode(params, histories.ravel(), starts.ravel(), True)
+        yield Call((params, before, histories[:, -1]), {"state": state, "hidden": hidden[n::n + 1]},
+                   ["hidden", "state"], f" after {n} events of each of {n_users} users")
 
 
 def cubic_loss(z):
@@ -820,22 +800,9 @@ def cubic_loss(z):
 def difference_calls():
     """Of a cubic, and with a delta of 0.1, central differences differ from all others."""
     for z, delta in ((compl(3), 0.1), (real(3, 2), 0.1), (compl(2, 2), 1e-5)):
-        kind = "complex" if np.iscomplexobj(z) else "real"
         yield Call((cubic_loss, z), {"gradient": numeric_gradient(cubic_loss, z.copy(), delta)},
-                   ["gradient"], f" for {kind} z, delta = {delta}, loss = Re(sum of conj(w) z^3)",
+                   ["gradient"], f" for {z.dtype} z, delta = {delta}, loss = Re(sum of conj(w) z^3)",
                    options={"delta": delta})
-
-
-def calls_with_unknown_ids(name):
-    """Calls of step or loss_and_grads with an id outside 0..7: each has to raise a ValueError."""
-    params, ones = tiny_params(), np.ones(2, int)
-    for item in (8, -1):
-        ids, note = np.array([1, item]), f" for id {item} of 0..7"
-        if name == "step":
-            yield Call((params, lrurec.init_state(params, 2), ids), {}, [], note)
-        else:
-            yield Call((params, ids, ones, ones > 0), {}, [], note)
-            yield Call((params, ones, ids, ones > 0), {}, [], note)
 
 
 CALLS = {  # of the functions that are not in LAYERS
@@ -848,10 +815,7 @@ CALLS = {  # of the functions that are not in LAYERS
 
 @functools.cache
 def calls(name):
-    right_calls = layer_calls(*LAYERS[name]) if name in LAYERS else CALLS[name]()
-    if name in ("loss_and_grads", "step"):
-        return [*right_calls, *calls_with_unknown_ids(name)]
-    return list(right_calls)
+    return list(CALLS[name]() if name in CALLS else layer_calls(name))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -909,15 +873,12 @@ def grade_lines_and_memory(name, function):
 # The exercises, easy to hard. A file is built from lrurec.py: signatures, docstrings up to
 # "Derivative:", the forwards, what may be called. A record holds the rest
 
-GRADIENTS = "the gradients with respect to the forward's inputs"
-
-
 class Exercise(NamedTuple):
     """What the file of an exercise needs besides lrurec.py."""
     minutes: int
     functions: list               # to write
     question: str                 # --hint: what to ask yourself
-    task: str = GRADIENTS
+    task: str = "the gradients with respect to the forward's inputs"
     given: list = None            # functions shown whole; None: the forwards of the backwards
     may_call: list = None         # of lrurec; None: what ours calls
     told: str = ""                # in place of a docstring that would give the answer away
@@ -934,7 +895,7 @@ what is the other?""",
     task="the gradient of any loss, by central differences. Most exercises are graded with "
     "it, so you need not take our word for them. Where you move an entry of z, put back what stood "
     "there: z + delta - delta is not always z",
-    may_call=[]),
+    given=[], may_call=[]),
 "linear": Exercise(
     15, ["linear_backward"],
     """How does one entry of W reach the loss? W[i, o] touches out[n, o] in every row n, by
@@ -1075,8 +1036,6 @@ many. What takes its place when the state before is given? May that state change
     formula="""new_state[k] = lam * state[k] + gamma * (x B + b_B) in each block k, in a new array;
 all else as in block_forward without dropout. as_ids raises the ValueError.""")}
 
-CORE = ["complex_product", "lam", "complex_linear", "scan_backward_loop", "scan", "scan_backward",
-        "lru"]
 NAMES = [name for exercise in EXERCISES.values() for name in exercise.functions]
 
 NOTES = {  # a word, and what a learner is told where it occurs
@@ -1096,9 +1055,9 @@ FILE = '''"""Exercise {exercise}, about {minutes} minutes
 
 {task}
 
-    python test_lrurec.py {exercise:29} grades this file
-    python test_lrurec.py {hint:29} what to ask yourself
-    python test_lrurec.py {formula:29} the answer as a formula
+To grade this file:       python test_lrurec.py {exercise}
+What to ask yourself:     python test_lrurec.py {exercise} --hint
+The answer as a formula:  python test_lrurec.py {exercise} --formula
 
 {notes}
 """
@@ -1111,10 +1070,6 @@ xp = np
 
 {body}
 '''
-
-
-def words(text):
-    return set(re.findall(r"\w+", text))
 
 
 def told(name):
@@ -1151,26 +1106,26 @@ def helper_text(name):
 def exercise_text(name):
     """An exercise file: the task, what is given, what may be called."""
     exercise = EXERCISES[name]
-    asked, shown = exercise.functions, exercise.given
-    if shown is None:
-        shown = [ours(function.replace("backward", "forward")) for function in asked
-                 if function.endswith("backward")]
+    asked, given = exercise.functions, exercise.given
+    if given is None:
+        given = [ours(function.replace("backward", "forward")) for function in asked]
     parts = [heading(function) for function in asked]
-    if shown:
-        parts += ["# ---- Given\n", *map(inspect.getsource, shown)]
-    callers = shown if exercise.may_call is not None else [*shown, *map(ours, asked)]
-    needed = {word for function in callers for word in function.__code__.co_names}
-    needed.update(exercise.may_call or ())
+    if given:
+        parts += ["# ---- Given\n", *map(inspect.getsource, given)]
+    may_call = exercise.may_call
+    if may_call is None:
+        may_call = [word for function in asked for word in ours(function).__code__.co_names]
+    called = {*may_call, *(word for function in given for word in function.__code__.co_names)}
+    constants = {word for word in re.findall(r"\w+", "\n".join(parts)) if word.isupper()}
     helpers = [helper for helper, value in vars(lrurec).items()
-               if inspect.isfunction(value) and helper in needed - {*asked} and value not in shown
-               or helper.isupper() and helper in needed | words("\n".join(parts))]
+               if helper in called | constants and value not in given and helper not in asked
+               and (inspect.isfunction(value) or helper.isupper())]
     if helpers:
         parts += ["# ---- From lrurec: you may call these\n", *map(helper_text, helpers)]
     body = "\n\n".join(parts).rstrip()
     task = textwrap.fill(f"Write {' and '.join(asked)}: {exercise.task}.", 96)
     notes = "\n\n".join(note for word, note in NOTES.items() if word in body)
-    return FILE.format(exercise=name, hint=f"{name} --hint", formula=f"{name} --formula",
-                       minutes=exercise.minutes, task=task, notes=notes, body=body)
+    return FILE.format(exercise=name, minutes=exercise.minutes, task=task, notes=notes, body=body)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1234,9 +1189,9 @@ def open_exercise(name):
 def list_exercises():
     """Print the exercises, grade those in answers/, and say what is next -> exit code."""
     hours = sum(exercise.minutes for exercise in EXERCISES.values()) / 60
-    print(f"The exercises, easy to hard, with their minutes: {hours:.0f} hours in all. You may "
-          f"begin at complex_product:\nthe core ({', '.join(CORE)})\nis half of the time. Answers "
-          f"lie in {FOLDER}/; Ctrl-C skips one that does not end.\n")
+    print(f"The exercises, easy to hard, with their minutes: {hours:.0f} hours in all, half of "
+          "them for the core,\ncomplex_product to lru, where you may begin. Answers lie in "
+          f"{FOLDER}/; Ctrl-C skips one that does not end.\n")
     left = []
     for name, exercise in EXERCISES.items():
         print(f"  {name:18} {exercise.minutes:4}  {', '.join(exercise.functions):42}  ", end="",
@@ -1252,19 +1207,15 @@ def list_exercises():
     return 0
 
 
-def row_by_row(value):
-    """Each array in a nest of them with its rows one after another: real_view needs them so."""
-    if isinstance(value, dict):
-        return {name: row_by_row(entry) for name, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(map(row_by_row, value))
-    return np.asarray(value, order="C") if isinstance(value, np.ndarray) else value
-
-
 def in_rows(function):
-    def call(*arguments, **options):
-        return row_by_row(function(*arguments, **options))
-    return call
+    """function; but what it returns has its rows one after another, as real_view needs them."""
+    def row_by_row(value):
+        if isinstance(value, dict):
+            return {name: row_by_row(entry) for name, entry in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(map(row_by_row, value))
+        return np.asarray(value, order="C") if isinstance(value, np.ndarray) else value
+    return lambda *arguments, **options: row_by_row(function(*arguments, **options))
 
 
 IN_TRAINING = [name for name in NAMES if hasattr(lrurec, name)
@@ -1284,12 +1235,10 @@ def put_in_place(paths):
 
 
 STEPS = 90                        # of the small training
-RECALL_TASK = """Recall the item of 3 steps ago, one of 5. A model without memory cannot get below
-log 5 = 1.609."""
 
 
 def train_small():
-    """Train a small model on RECALL_TASK -> losses, eigenvalues before and after."""
+    """Train a small model to recall the item of 3 steps ago -> losses, eigenvalues before, after"""
     params = lrurec.init_params(5, 16, n_blocks=1, rng=np.random.default_rng(0), dtype=np.float64)
     opt, losses, rng = lrurec.adamw_init(params), [], np.random.default_rng(1)
     p = lrurec.blocks(params)[0]
@@ -1308,7 +1257,8 @@ def train_small():
 
 
 def show_curves(ours, yours):
-    print(f"\n{RECALL_TASK}\n\nstep    ours  yours   o ours, x yours, * both")
+    print("\nRecall the item of 3 steps ago, one of 5. A model without memory cannot get below\n"
+          "log 5 = 1.609.\n\nstep    ours  yours   o ours, x yours, * both")
     for n in range(0, len(ours), 10):
         line = [" "] * 51
         for loss, mark in ((ours[n], "o"), (yours[n], "x")):
@@ -1553,7 +1503,7 @@ SENTENCES = [  # of MISTAKES: the function, a piece of our source, what stands i
     for name, mistakes in MISTAKES.items() for sentence, piece, replacement in mistakes]
 OTHERS = [  # likewise, with a part of what is said
     ("gelu_backward", "return ", "", "returned nothing"),
-    ("linear_backward", ", dout.sum(0)", "", "returned 2 values"),
+    ("linear_backward", ", dout.sum(0)", "", "returned 2 value(s)"),
     ("linear_backward", "dout.sum(0)", "dout", "the sum over the rows"),
     ("linear_backward", "dout @ W.T, x.T @ dout", "x.T @ dout, dout @ W.T", "yours is dW"),
     ("linear_backward", "dout.sum(0)", "dout.sum(0).astype('f4')", "is float32"),
@@ -1564,7 +1514,7 @@ OTHERS = [  # likewise, with a part of what is said
     ("linear_backward", "return dout @ W.T", "dx = vars(linear_backward).setdefault(str(x.shape), "
      "dout @ W.T); dx[:] = dout @ W.T; return dx", "was changed by the next call"),
     ("block_backward", "return dx, dp", "return dx, {}", "Missing: ['f"),
-    ("step", "as_ids(params, items)", "as_ids(params, items % 8)", "raise ValueError for id"),
+    ("step", "as_ids(params, items)", "as_ids(params, items % 8)", "raise ValueError for id 8"),
     ("scan", "if starts[1:]", "starts = starts & False\n    if starts[1:]", "missing: the walls"),
     ("scan", "N, a =", "for n in range(math.isqrt(len(u))): pass\n    N, a =", "Python executes"),
     ("scan", "N, a =", "xp.ones((len(u), len(u)), bool)\n    N, a =", "the memory of h")]
