@@ -456,16 +456,13 @@ ARRAY_CHANGES = [  # kinds of arrays (f and c: numbers, b: starts), what is said
 
 def likeness(a, n, arrays, others):
     """What a tensor that should be n can be taken for, or ""."""
-    for other, m in others.items():
+    looks = {f"the order: yours is {other}": m for other, m in others.items()}
+    looks |= {f"yours is {label} itself, unchanged": m for label, m in arrays.items()}
+    looks |= {"yours is transposed": n.T, "yours is the conjugate of what it should be": n.conj(),
+              "yours has its rows in reverse order": n[::-1] if n.ndim else n}
+    for sentence, m in looks.items():
         if same(a, m):
-            return f"the order: yours is {other}"
-    for label, m in arrays.items():
-        if same(a, m):
-            return f"yours is {label} itself, unchanged"
-    for text, m in (("is transposed", n.T), ("is the conjugate of what it should be", n.conj()),
-                    ("has its rows in reverse order", n[::-1] if n.ndim else n)):
-        if same(a, m):
-            return f"yours {text}"
+            return sentence
     if same(a, n, 1e-5):
         digits = round(-math.log10(relative_error(a, n)))
         return f"right to {digits} digits: a rounded constant, another eps, cancellation, float32?"
@@ -716,10 +713,9 @@ def lru_calls():
         inputs = {"dx": real(N, D), "dnu_log": real(H) - 1, "dtheta_log": real(H, seed=3),
                   "dgamma_log": real(H, seed=4), "dB": compl(D, H), "db_B": compl(H),
                   "dC": compl(H, D), "db_C": real(D)}
-        order = ["dC", "db_C", "dgamma_log", "dB", "db_B", "dx", "dnu_log", "dtheta_log"]
         yield backward_call(
             lambda: lrurec.lru_forward(*inputs.values(), STARTS[:N]),
-            {key: inputs[key] for key in order}, outputs=list(inputs),
+            {key: inputs[key] for key in reversed(inputs)}, outputs=list(inputs),
             note=f" with {walls_of(STARTS[:N])}")
 
 
@@ -802,7 +798,7 @@ def difference_calls():
                    options={"delta": delta})
 
 
-CALLS = {  # of the functions that are not in LAYERS
+CALLS = {  # of the functions that are not in layers
     "numeric_gradient": difference_calls, "dropout_backward": dropout_calls,
     "cross_entropy_backward": cross_entropy_calls, "scan_backward_loop": scan_backward_calls,
     "scan": scan_calls, "scan_backward": scan_backward_calls, "lru_backward": lru_calls,
@@ -883,8 +879,7 @@ class Exercise(NamedTuple):
 
 
 EXERCISES = {
-"differences": Exercise(
-    20, ["numeric_gradient"],
+"differences": Exercise(20, ["numeric_gradient"],
     """What is a slope, if all you can do is to call loss? Move one entry of z by a small delta to
 both sides; np.ndindex(z.shape) goes through all entries. A complex entry can move in two
 directions, along 1 and along 1j: which of the two slopes is the real part of the gradient, and
@@ -893,43 +888,35 @@ what is the other?""",
     "it, so you need not take our word for them. Where you move an entry of z, put back what stood "
     "there: z + delta - delta is not always z",
     given=[], may_call=[]),
-"linear": Exercise(
-    15, ["linear_backward"],
+"linear": Exercise(15, ["linear_backward"],
     """How does one entry of W reach the loss? W[i, o] touches out[n, o] in every row n, by
 x[n, i]. Write that as a sum over n, and the sum as a matrix product. Shapes then leave one way to
 write it. And b[o]?"""),
-"dropout": Exercise(
-    5, ["dropout_backward"],
+"dropout": Exercise(5, ["dropout_backward"],
     "Each entry is multiplied by a number that does not depend on x. Which?",
     told="dout (N, D), mask (N, D) or None -> dx (N, D)"),
-"gelu": Exercise(
-    20, ["gelu_backward"],
+"gelu": Exercise(20, ["gelu_backward"],
     """out is a product of two things that depend on x: first the product rule. Then ds/dx: what
 is the slope of (1 + tanh(y)) / 2, written with s itself? Last the slope of y."""),
-"layer_norm": Exercise(
-    45, ["layer_norm_backward"],
+"layer_norm": Exercise(45, ["layer_norm_backward"],
     """In how many ways does x[n, d] reach the loss? Directly, through the row's mean, and through
 its rstd. Take dxhat first, the gradient of xhat, as if xhat = (x - mean) * rstd stood alone; then
 ask how mean and rstd move with one entry of x. scale and shift are easy."""),
-"cross_entropy": Exercise(
-    20, ["cross_entropy_backward"],
+"cross_entropy": Exercise(20, ["cross_entropy_backward"],
     """One row, weight 1: the loss is log of a sum, minus one logit. What is the derivative of
 log(sum_v exp(logit_v)) with respect to one logit? You have met it: softmax. From the cache:
 softmax = exps / sums. Then the target's own logit, the weight, and dloss.""",
     task="the gradient with respect to logits. exps alone of all inputs may be overwritten",
     told="dloss, a scalar -> dlogits (N, V+1)"),
-"complex_product": Exercise(
-    20, ["complex_product_backward"],
+"complex_product": Exercise(20, ["complex_product_backward"],
     """Let w change by a small complex c. How does z change? Put that into Re(conj(dz) c), and
 bring it to the form Re(conj(something) c): the something is dw. What does y = Re z add to the
 gradient of z, before all this?"""),
-"lam": Exercise(
-    20, ["lam_backward"],
+"lam": Exercise(20, ["lam_backward"],
     """Let nu_log change by a small real e. By what does lam change, as a multiple of lam? Put
 that into Re(conj(dlam) * change), the change of L; what stands before e is the gradient. The same
 for theta_log."""),
-"complex_linear": Exercise(
-    25, ["complex_in_backward", "complex_out_backward"],
+"complex_linear": Exercise(25, ["complex_in_backward", "complex_out_backward"],
     """In: it is linear_backward with complex numbers in it. Take one entry of B: z = a w was the
 exercise complex_product. Which factor gets a conjugate? What is left of a complex gradient when x
 can change along the real axis alone?
@@ -938,8 +925,7 @@ summed over rows or columns. Which factor gets a conjugate in dh, and which in d
     given=[complex_in_plainly, complex_out_plainly], may_call=[],
     formula="""In: dx = Re(dout conj(B)^T), dB = x^T dout, db = sum over rows of dout.
 Out: dh = dout conj(C)^T, dC = conj(h)^T dout, db = sum over rows of dout."""),
-"scan_backward_loop": Exercise(
-    30, ["scan_backward_loop"],
+"scan_backward_loop": Exercise(30, ["scan_backward_loop"],
     """In which ways does h_n reach the loss? Through row n's own output, which is dh_n, and
 through h_{n+1} = lam h_n + u_{n+1}, unless a wall stands there. Call the whole gradient of h_n g_n.
 In which order of rows can you find it? Then u_n and lam are one product away.""",
@@ -948,10 +934,8 @@ In which order of rows can you find it? Then u_n and lam are one product away.""
     told="""dh (N, H) is the gradient of h through each row's own output alone; lam (H,) and
 h (N, H) are those of scan_loop; all complex; starts (N,)
 -> dlam (H,) complex, du (N, H) complex""",
-    formula="""g_n = dh_n + conj(lam) g_{n+1}, without the last term where row n + 1 is behind a
-wall; du = g, and dlam = sum of conj(h_{n-1}) g_n over the rows n >= 1 without a wall."""),
-"scan": Exercise(
-    120, ["scan"],
+    formula=inspect.getdoc(lrurec.scan_backward_loop)),
+"scan": Exercise(120, ["scan"],
     """Rows 0 and 1, 2 and 3, ... are pairs. Suppose somebody gave you h of all odd rows: how would
 you get the even ones, all at once? And the odd rows alone: what recurrence do they obey, with which
 eigenvalue, which input and which walls? It is the same problem at half the length. (Another way:
@@ -964,8 +948,7 @@ let each row collect what 1, 2, 4, ... rows before it have to give.)""",
     told="""The result of scan_loop.
 lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
     formula=inspect.getdoc(lrurec.scan).partition("\n\n")[2]),
-"scan_backward": Exercise(
-    30, ["scan_backward"],
+"scan_backward": Exercise(30, ["scan_backward"],
     """Write g_n = dh_n + conj(lam) g_{n+1} with m = N - 1 - n for n: which recurrence is it? Where
 does a wall before row n + 1 stand, when the rows are read backwards? dlam is a sum of products that
 needs no loop.""",
@@ -975,18 +958,15 @@ needs no loop.""",
 term where a wall stands before row n + 1; du = g; dlam = sum of conj(h_{n-1}) g_n over the rows
 n >= 1 without a wall.
 dh (N, H), lam (H,), h (N, H) of scan_loop, starts (N,) -> dlam (H,), du (N, H)"""),
-"lru": Exercise(
-    25, ["lru_backward"],
+"lru": Exercise(25, ["lru_backward"],
     """Bottom to top: out, h, u, z and gamma, lam. Each line of the forward has its backward
 already, but for u = gamma * z. Find du first. gamma_log is real: by what does u change when it
 changes by a small e?"""),
-"block": Exercise(
-    25, ["block_backward"],
+"block": Exercise(25, ["block_backward"],
     """Read the forward from its last line to its first; each line has its backward. The one new
 thing: x goes two ways where x + y is formed, through y and directly. What does that mean for its
 gradient?"""),
-"model": Exercise(
-    25, ["backward"],
+"model": Exercise(25, ["backward"],
     """Bottom to top again: blocks from the last to the first, then norm, dropout, and the rows of
 E. If an item stands in three rows, what is the gradient of its row of E?""",
     task="the gradients of the parameters, from that of hidden",
@@ -994,8 +974,7 @@ E. If an item stands in three rows, what is the gradient of its row of E?""",
 -> grads, a dict: item_embedding, embedding_norm.scale, embedding_norm.shift and, for NAME in
 BLOCK_NAMES, "blocks.k.NAME". Row 0 of E is a row like any other. Of E itself only shape and
 dtype matter."""),
-"loss": Exercise(
-    25, ["loss_and_grads"],
+"loss": Exercise(25, ["loss_and_grads"],
     """Three parts: forward; the loss of logits; backward. Between them logits = hidden E^T +
 output_bias is a linear layer: dhidden, and a gradient of E. In how many ways does E reach the loss?
 Which weights of the rows turn the sum into a mean over those with a target?""",
@@ -1010,8 +989,7 @@ gradients are 0. Raises ValueError for an item or a target outside 0..V, as as_i
     formula="""weights = (targets > 0) / number of targets; dhidden = dlogits E, doutput_bias =
 sum over rows of dlogits. E is tied, used twice, so two gradients add up: dE = dlogits^T hidden +
 the dE of backward."""),
-"adamw": Exercise(
-    25, ["adamw_update"],
+"adamw": Exercise(25, ["adamw_update"],
     """What is t in the first call? In which order do decay and step come? How does a complex
 parameter become an array of real numbers, of the same shape as its m and v, so that what is written
 there is written into the parameter?""",
@@ -1024,8 +1002,7 @@ With t = 1 in the first step, for each parameter p and its gradient g:
 opt["step"], which counts the steps, is yours to count up; grads are not changed.""",
     formula="""Add 1 to opt["step"] first: it is t. p and g as real_view shows them, then m and v,
 then the decay, then the step, each written into its array (*=, +=, -=, [:] =); g stays."""),
-"step": Exercise(
-    25, ["step"],
+"step": Exercise(25, ["step"],
     """Which line of the forward looks at another row? All others work on one row as they do on
 many. What takes its place when the state before is given? May that state change?""",
     task="one more event for each user, from the state after the events before",
@@ -1153,10 +1130,9 @@ def grade_file(path, show=print):
     try:
         answers = load_answers(path)
         asked = EXERCISES[word].functions if word in EXERCISES else answers
-        if missing := [name for name in asked if name not in answers]:
-            raise Wrong(f"there is no {missing[0]} in it")
-        if not answers:
-            raise Wrong("there is no function of an exercise in it")
+        missing = [name for name in asked if name not in answers]
+        if missing or not answers:
+            raise Wrong(f"there is no {', '.join(missing) or 'function of an exercise'} in it")
         for name, function in answers.items():
             grade(name, function)
             show(f"{path}: {name}: right")
@@ -1171,15 +1147,15 @@ def grade_file(path, show=print):
     return "right"
 
 
-def open_exercise(name):
-    """Write answers/NAME.py the first time; grade it from then on -> exit code."""
-    path = path_of(name)
+def open_or_grade(word):
+    """Write answers/NAME.py the first time; grade it, and any file, from then on -> exit code."""
+    path = path_of(word)
     if os.path.exists(path):
         return int(grade_file(path) != "right")
     os.makedirs(FOLDER, exist_ok=True)
     with open(path, "x", encoding="utf-8") as file:
-        file.write(exercise_text(name))
-    print(f"Wrote {path}. Fill in the empty body, then: python test_lrurec.py {name}")
+        file.write(exercise_text(word))
+    print(f"Wrote {path}. Fill in the empty body, then: python test_lrurec.py {word}")
     return 0
 
 
@@ -1434,8 +1410,7 @@ def main(arguments=None):
             parser.error(f"there is no {path_of(word)}")
     if args.hint or args.formula:
         if not words or not EXERCISES.keys() >= set(words):
-            parser.error("--hint and --formula go with an exercise: python test_lrurec.py gelu "
-                         "--hint")
+            parser.error("--hint and --formula go with an exercise, such as gelu --hint")
         for word in words:
             print(EXERCISES[word].question if args.hint else formula(EXERCISES[word]))
         return 0
@@ -1443,8 +1418,7 @@ def main(arguments=None):
         return train_with([path_of(word) for word in words], args.ml_100k)
     if not words:
         return list_exercises()
-    return max(open_exercise(word) if word in EXERCISES else int(grade_file(word) != "right")
-               for word in words)
+    return max(map(open_or_grade, words))
 
 
 # ---------------------------------------------------------------------------------------------
