@@ -532,9 +532,6 @@ MISTAKES = {
     ("nu = exp(nu_log) changes by nu times the change of nu_log", "-nu * conj", "-conj"),
     ("theta moves lam by i lam: take Re(i z) = -Im z", ".imag", ".real"),
     ("lam is an exponential: its slope is lam itself", "dlam.conj() * lam", "dlam.conj()")],
-"complex_in_backward": [
-    ("x is real: take the real part for dx, not the imaginary one",
-     "return dx,", "return (dout @ B.conj().T).imag,")],
 "scan_backward_loop": [
     ("dlam pairs g_n with h of the row before", "h[n - 1].conj()", "h[n].conj()"),
     ("dlam takes g_n, with what comes back from later rows, not dh_n",
@@ -556,10 +553,6 @@ MISTAKES = {
     ("dlam pairs g_n with h of the row before", "h[:-1].conj() * g[1:]", "h[1:].conj() * g[1:]"),
     ("a wall before row n separates h_{n-1} from g_n in dlam too",
      "products[starts[1:]] = 0", "pass"),
-    ("row 0 has no row before it: g_0 is not in dlam",
-     "products.sum(0)", "products.sum(0) + h[-1].conj() * g[0]"),
-    ("starts[n + 1] separates rows n and n + 1, also when read backwards",
-     "xp.roll(starts, -1)", "starts"),
     ("g_n needs g_{n+1}: from the last row to the first",
      "dh[::-1], next_starts[::-1])[::-1]", "dh, starts)")],
 "lru_backward": [
@@ -1084,10 +1077,9 @@ def exercise_text(name):
     parts = [heading(function) for function in asked]
     if given:
         parts += ["# ---- Given\n", *map(inspect.getsource, given)]
-    may_call = exercise.may_call
-    if may_call is None:
-        may_call = [word for function in asked for word in ours(function).__code__.co_names]
-    called = {*may_call, *(word for function in given for word in function.__code__.co_names)}
+    callers = given if exercise.may_call is not None else [*given, *map(ours, asked)]
+    called = {word for function in callers for word in function.__code__.co_names}
+    called.update(exercise.may_call or ())
     constants = {word for word in re.findall(r"\w+", "\n".join(parts)) if word.isupper()}
     helpers = [helper for helper, value in vars(lrurec).items()
                if helper in called | constants and value not in given and helper not in asked
@@ -1160,9 +1152,9 @@ def open_or_grade(word):
 def list_exercises():
     """Print the exercises, grade those in answers/, and say what is next -> exit code."""
     hours = sum(exercise.minutes for exercise in EXERCISES.values()) / 60
-    print(f"The exercises, easy to hard, with their minutes: {hours:.0f} hours in all, half of "
-          "them for the core,\ncomplex_product to lru, where you may begin. Answers lie in "
-          f"{FOLDER}/; Ctrl-C skips one that does not end.\n")
+    print(f"The exercises, easy to hard, with their minutes: {hours:.0f} hours in all. You may "
+          "begin at the core,\ncomplex_product to lru, which is half of the time. Answers lie in "
+          f"{FOLDER}/; Ctrl-C skips\none that does not end.\n")
     left = []
     for name, exercise in EXERCISES.items():
         print(f"  {name:18} {exercise.minutes:4}  {', '.join(exercise.functions):42}  ", end="",
@@ -1248,7 +1240,7 @@ def train_with(paths, on_ml_100k):
         ours, _, _ = train_small()
     names = put_in_place([path for path in paths if verdicts[path] != "empty"])
     if not names:
-        print(f"A training uses none of these functions, but {', '.join(IN_TRAINING)}.")
+        print(f"A training uses none of these functions; it uses {', '.join(IN_TRAINING)}.")
         return 1
     print(f"Your functions in the model: {', '.join(names)}", flush=True)
     if on_ml_100k:                                 # in float64, as they were graded
@@ -1479,7 +1471,7 @@ EDITS += [  # likewise: a function, a piece of its source, what stands in its pl
     ("linear_backward", "dout @ W.T", "1.00001 * dout @ W.T", "right to 5 digits"),
     ("linear_backward", "return", "x *= 2; return", "changed x, which"),
     ("dropout_backward", "dout * mask",
-     "xp.multiply(dout, mask, out=globals().setdefault('kept', +dout))", "changed by the next call"),
+     "xp.multiply(dout, mask, out=globals().setdefault('kept', +dout))", "by the next call"),
     ("block_backward", "return dx, dp", "return dx, {}", "Missing: ['f"),
     ("step", "as_ids(params, items)", "as_ids(params, items % 8)", "raise ValueError for id 8"),
     ("scan", "if starts[1:]", "starts = starts & False\n    if starts[1:]", "missing: the walls"),
@@ -1540,14 +1532,13 @@ def test_an_error_in_an_answer_is_python_s_traceback_cut_to_its_file(answers, ca
                         "(in a call of your dropout_backward for p = 0.4)\n")
 
 
-@pytest.mark.parametrize("more, code, said", [
-    ("", 0, "|lam| = 1"),
-    ("ours = lru_backward\ndef lru_backward(dout, cache):\n    return ours(-dout, cache)", 1,
-     "A falling loss proves nothing")], ids=["right", "wrong"])
-def test_a_training_shows_both_curves_right_or_wrong(more, code, said, answers, capsys):
+@pytest.mark.parametrize("dout, code, said", [
+    ("dout", 0, "|lam| = 1"), ("-dout", 1, "A falling loss proves nothing")])
+def test_a_training_shows_both_curves_right_or_wrong(dout, code, said, answers, capsys):
     for exercise in ("model", "block"):            # which call the learner's own lru_backward
         answers(exercise)
-    answers("lru", more)
+    answers("lru", "ours = lru_backward\n"
+                   f"def lru_backward(dout, cache):\n    return ours({dout}, cache)")
     assert main(["train", "model", "block", "lru"]) == code
     out = capsys.readouterr().out
     assert "in the model: lru_backward, block_backward, backward\n" in out and said in out
