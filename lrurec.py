@@ -401,7 +401,7 @@ def cross_entropy_forward(logits, targets, weights):
     """
     logits -= logits.max(1, keepdims=True)         # the loss stays the same, and exp <= 1
     target_logits = logits[xp.arange(len(targets)), targets]
-    exps = xp.exp(logits, out=logits)              # in place, as below: 2 to 5 % of a step
+    exps = xp.exp(logits, out=logits)              # in place: 2 to 5 % of a step
     sums = exps.sum(1)
     loss = weights @ (xp.log(sums) - target_logits)
     return loss, (exps, sums, targets, weights)
@@ -492,7 +492,7 @@ def blocks(params):
 
 
 def as_ids(params, ids):
-    """ids (N,) as integers on the device. Raises ValueError for an id outside 0..V, or no ids."""
+    """ids (N,) as an integer array of xp. Raises ValueError for an id outside 0..V, or no ids."""
     ids, V = np.atleast_1d(to_host(ids)), len(params["item_embedding"]) - 1
     if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > V:
         raise ValueError(f"items must be integers in 0..{V}, one or more (0 is an empty history)")

@@ -26,8 +26,8 @@ Contents
     The commands
     The tests: grader, model, data, settings and evaluation, runs, commands, README, GPU
 
-Offline, but for `train --ml-100k` and `pytorch`, which fetch ML-100K once. In float64, where
-nothing else is said.
+Needs pytest. Offline, but for `train --ml-100k` and `pytorch`, which fetch ML-100K once. In
+float64, where nothing else is said.
 """
 import argparse
 import contextlib
@@ -224,7 +224,7 @@ SHOWN_ROWS = 8                    # of a table; a longer one shows wrong tensors
 
 
 def ours(name):
-    """Our function of that name: in lrurec or, where an exercise is all of it, in this file."""
+    """Our function of that name: in lrurec or, where only an exercise has it, in this file."""
     return vars(lrurec).get(name) or globals()[name]
 
 
@@ -404,6 +404,8 @@ def form(a, n, others):
         text = f"its shape is {a.shape}; it should be {n.shape}"
         if a.ndim == n.ndim + 1 and len(a) > 1 and same(a.sum(0), n):
             return text + ": the sum over the rows is missing"
+        if same(a.T, n):
+            return text + ": yours is transposed"
         same_as = [f": yours is {other}" for other, m in others.items() if same(a, m)]
         return text + "".join(same_as)
     if a.dtype != n.dtype:
@@ -439,7 +441,7 @@ def changed_arrays(name, arguments):
     """(sentence, function, arguments): our function with one of its arrays changed."""
     for label, array in named_arrays(name, arguments).items():
         for kinds, sentence, change in ARRAY_CHANGES:
-            if array.dtype.kind in kinds and "][" not in label:   # not of a cache in the cache
+            if array.dtype.kind in kinds and "][" not in label:   # no cache in a cache
                 others = copy.deepcopy(arguments)
                 named_arrays(name, others)[label][...] = change(array)
                 yield sentence.format(label), ours(name), others
@@ -458,7 +460,7 @@ def likeness(a, n, arrays, others):
     """What a tensor that should be n can be taken for, or ""."""
     looks = {f"the order: yours is {other}": m for other, m in others.items()}
     looks |= {f"yours is {label} itself, unchanged": m for label, m in arrays.items()}
-    looks |= {"yours is transposed": n.T, "yours is the conjugate of what it should be": n.conj(),
+    looks |= {"yours is the conjugate of what it should be": n.conj(),
               "yours has its rows in reverse order": n[::-1] if n.ndim else n}
     for sentence, m in looks.items():
         if same(a, m):
@@ -496,6 +498,8 @@ MISTAKES = {
     ("the product rule: x enters out through s too", "s * (1 + x * r * (1 - s))", "s"),
     ("the product rule: x enters out directly too, with slope s",
      "s * (1 + x * r * (1 - s))", "s * x * r * (1 - s)"),
+    ("the product rule: x enters out directly, with slope s, and through s too",
+     "s * (1 + x * r * (1 - s))", "1"),
     ("missing: the slope of y, c (1 + 3 a x^2)", "r = 2 * GELU_C + 6 *", "r = 2 + 0 *"),
     ("the slope of x^3 is 3 x^2", "6 * GELU_C", "2 * GELU_C"),
     ("s is the sigmoid of 2 y: that 2 belongs to its slope", "2 * GELU_C + 6", "GELU_C + 3"),
@@ -617,8 +621,8 @@ AGAIN = " with other numbers and shapes (the calls before were right)"
 
 
 def backward_call(forward, inputs, more=(), note="", outputs=None):
-    """The call of a backward function. forward() -> out, cache, of inputs: arrays by the names of
-    their gradients. more: arguments after the cache."""
+    """The call of a backward function. forward() -> out, cache. inputs: the arrays that it reads,
+    by the names of their gradients. more: arguments after the cache."""
     outs, cache = forward()
     outs = outs if isinstance(outs, tuple) else (outs,)
     douts = [np.array((compl if np.iscomplexobj(out) else real)(*np.shape(out), seed=9 + k))
@@ -749,7 +753,7 @@ def adamw_calls():
     """The third step, then the first of other numbers; eps and betas are not the usual ones."""
     for sizes, earlier_steps in (((4, 5, 6), 2), ((3, 2, 4), 0)):
         params = tiny_params(n_blocks=1, sizes=sizes)
-        for name in ("item_embedding.scale", "blocks.0.lru.C.bias"):  # none ends as DECAYED asks
+        for name in ("item_embedding.scale", "blocks.0.lru.C.bias"):  # not as DECAYED asks
             params[name] = real(3)
         grads = {name: p[::-1] + 1 for name, p in params.items()}
         opt = lrurec.adamw_init(params)
@@ -782,7 +786,7 @@ def cubic_loss(z):
 
 
 def difference_calls():
-    """Of a cubic, and with a delta of 0.1, central differences differ from all others."""
+    """Of a cubic, with a delta of 0.1: no other formula gives the numbers of central differences."""
     for z, delta in ((compl(3), 0.1), (real(3, 2), 0.1), (compl(2, 2), 1e-5)):
         yield Call((cubic_loss, z), {"gradient": numeric_gradient(cubic_loss, z.copy(), delta)},
                    ["gradient"], f" for {z.dtype} z, delta = {delta}, loss = Re(sum conj(w) z^3)",
@@ -847,7 +851,7 @@ def grade_lines_and_memory(name, function):
                 f"{right_but}Python executes {few:,} lines for N = 256, {some:,} for 1,024 and "
                 f"{many:,} for 4,096. The exercise asks for growth like log N, the same from each "
                 "of these to the next: array operations on all rows that halve or double something")
-        ratio = peak / (4096 * 2 * 16)             # of h; right ones: up to 14; N x N bits: 128
+        ratio = peak / (4096 * 2 * 16)             # of h; right ones: up to 14; N x N bools: 128
         if ratio > 30:
             raise Wrong(f"{right_but}at N = 4,096 it needs {ratio:.0f} times the memory of h: does "
                         "an array hold something for each pair of rows?")
@@ -936,7 +940,8 @@ let each row collect what 1, 2, 4, ... rows before it have to give.)""",
     "solves its halves one after the other runs as many lines as there are rows, which is not "
     "enough here. The result has to agree to 1e-12, for |lam| from .3 to .9999",
     given=[lrurec.scan_loop],
-    told="""The result of scan_loop.
+    told="""The result of scan_loop: h_n = lam h_{n-1} + u_n, without the first term where a wall stands
+before row n.
 lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
     formula=inspect.getdoc(lrurec.scan).partition("\n\n")[2]),
 "scan_backward": Exercise(30, ["scan_backward"],
@@ -1104,7 +1109,7 @@ def path_of(word):
 
 
 def load_answers(path):
-    """The functions in a file that exercises ask for, by name."""
+    """What exercises ask for, of the functions in a file, by name; not what it imports of ours."""
     values = runpy.run_path(path)
     return {name: values[name] for name in NAMES
             if callable(values.get(name)) and values[name] is not ours(name)}
@@ -1187,7 +1192,8 @@ IN_TRAINING = [name for name in NAMES if hasattr(lrurec, name)
 
 def put_in_place(paths):
     """Put the functions in the files in place of lrurec's -> their names. As often as there are
-    files: each imports what other exercises asked for, and gets the learner's once in place."""
+    files: a file imports from lrurec what other exercises ask for, and gets the learner's only
+    when that is in place."""
     names = set()
     for path in len(paths) * paths:
         for name, function in load_answers(path).items():
@@ -1219,15 +1225,15 @@ def train_small():
     return losses, before, after
 
 
-def show_curves(ours, yours):
+def show_curves(our_losses, your_losses):
     print("\nRecall the item of 3 steps ago, one of 5. A model without memory cannot get below\n"
           "log 5 = 1.609.\n\nstep    ours  yours   o ours, x yours, * both")
-    for n in range(0, len(ours), 10):
+    for n in range(0, len(our_losses), 10):
         line = [" "] * 51
-        for loss, mark in ((ours[n], "o"), (yours[n], "x")):
+        for loss, mark in ((our_losses[n], "o"), (your_losses[n], "x")):
             column = round(20 * min(loss, 2.5)) if loss == loss else 50       # nan: the far right
             line[column] = mark if line[column] == " " else "*"
-        print(f"{n:4}  {ours[n]:6.3f} {yours[n]:6.3f}   {''.join(line).rstrip()}")
+        print(f"{n:4}  {our_losses[n]:6.3f} {your_losses[n]:6.3f}   {''.join(line).rstrip()}")
 
 
 def train_with(paths, on_ml_100k):
@@ -1237,10 +1243,10 @@ def train_with(paths, on_ml_100k):
     if {"error", "stopped"} & {*verdicts.values()}:
         return 1
     if not on_ml_100k:
-        ours, _, _ = train_small()
+        our_losses, _, _ = train_small()
     names = put_in_place([path for path in paths if verdicts[path] != "empty"])
     if not names:
-        print(f"A training uses none of these functions; it uses {', '.join(IN_TRAINING)}.")
+        print(f"There is nothing to train with. A training uses {', '.join(IN_TRAINING)}.")
         return 1
     print(f"Your functions in the model: {', '.join(names)}", flush=True)
     if on_ml_100k:                                 # in float64, as they were graded
@@ -1248,8 +1254,8 @@ def train_with(paths, on_ml_100k):
               "is said then: it would go on with our functions.", flush=True)
         lrurec.init_params = functools.partial(lrurec.init_params, dtype=np.float64)
         return train.main(["train"])
-    yours, before, after = train_small()
-    show_curves(ours, yours)
+    your_losses, before, after = train_small()
+    show_curves(our_losses, your_losses)
     if "wrong" in verdicts.values():
         print("\nA falling loss proves nothing: a wrong gradient often learns too, sometimes "
               "faster,\nand you would never know. The grader tells.")
@@ -1319,7 +1325,7 @@ def torch_differences():
     pairs = {"logits": (our_logits[:, 1:], logits.detach().numpy()[:, 1:]),
              "loss": (our_loss, loss.item())}
     pairs |= {f"gradient of {name}": (g, tensors[name].grad.numpy()) for name, g in grads.items()}
-    return {name: relative_error(ours, theirs) for name, (ours, theirs) in pairs.items()}
+    return {name: relative_error(a, n) for name, (a, n) in pairs.items()}
 
 
 def compare_with_pytorch():
@@ -1375,8 +1381,9 @@ def main(arguments=None):
         description=__doc__.partition("\n\nContents")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD", help="a command, exercises, .py files")
-    parser.add_argument("--hint", action="store_true", help="what to ask yourself")
-    parser.add_argument("--formula", action="store_true", help="the answer as a formula")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--hint", action="store_true", help="what to ask yourself")
+    shown.add_argument("--formula", action="store_true", help="the answer as a formula")
     parser.add_argument("--ml-100k", action="store_true", help="train on ML-100K")
     args = parser.parse_intermixed_args(arguments)
     words = args.words
@@ -1394,7 +1401,8 @@ def main(arguments=None):
     for word in words:
         if word not in EXERCISES and not word.endswith(".py"):
             parser.error(f"{word!r} is neither a .py file nor an exercise (choose from "
-                         f"{', '.join(EXERCISES)}); check, pytorch and train come first")
+                         f"{', '.join(EXERCISES)}); check and pytorch stand alone, "
+                         "train comes first")
         if (training or word not in EXERCISES) and not os.path.exists(path_of(word)):
             parser.error(f"there is no {path_of(word)}")
     if args.hint or args.formula:
@@ -1465,6 +1473,7 @@ EDITS += [  # likewise: a function, a piece of its source, what stands in its pl
     ("linear_backward", ", dout.sum(0)", "", "returned 2 value"),
     ("linear_backward", "dout.sum(0)", "dout", "the sum over the rows"),
     ("linear_backward", "dout @ W.T, x.T @ dout", "x.T @ dout, dout @ W.T", "yours is dW"),
+    ("linear_backward", "x.T @ dout", "dout.T @ x", "yours is transposed"),
     ("linear_backward", "dout.sum(0)", "dout.sum(0).astype('f4')", "is float32"),
     ("linear_backward", "dout.sum(0)", "dout.sum(0) * xp.nan", "not finite"),
     ("linear_backward", "dout @ W.T", "3 * dout @ W.T", "yours is 3 times"),
@@ -1483,9 +1492,9 @@ EDITS += [  # likewise: a function, a piece of its source, what stands in its pl
 def test_a_usual_mistake_and_any_other_is_refused_with_its_sentence(name, piece, replacement, said):
     count = source_of(name).count(piece)
     assert count == 1, f"MISTAKES of {name}: {piece!r} occurs {count} times in our source"
-    with pytest.raises(Wrong) as refused:
+    with pytest.raises(Wrong) as found:
         grade(name, mistaken(name, piece, replacement))
-    assert said in f"{refused.value}\n"
+    assert said in f"{found.value}\n"
 
 
 @pytest.fixture
