@@ -786,7 +786,7 @@ def cubic_loss(z):
 
 
 def difference_calls():
-    """Of a cubic, with a delta of 0.1: no other formula gives the numbers of central differences."""
+    """Of a cubic, with a delta of 0.1: no other formula gives the same numbers."""
     for z, delta in ((compl(3), 0.1), (real(3, 2), 0.1), (compl(2, 2), 1e-5)):
         yield Call((cubic_loss, z), {"gradient": numeric_gradient(cubic_loss, z.copy(), delta)},
                    ["gradient"], f" for {z.dtype} z, delta = {delta}, loss = Re(sum conj(w) z^3)",
@@ -940,8 +940,8 @@ let each row collect what 1, 2, 4, ... rows before it have to give.)""",
     "solves its halves one after the other runs as many lines as there are rows, which is not "
     "enough here. The result has to agree to 1e-12, for |lam| from .3 to .9999",
     given=[lrurec.scan_loop],
-    told="""The result of scan_loop: h_n = lam h_{n-1} + u_n, without the first term where a wall stands
-before row n.
+    told="""The result of scan_loop: h_n = lam h_{n-1} + u_n, without the first term where
+a wall stands before row n.
 lam (H,) complex, u (N, H) complex, starts (N,) bool -> h (N, H) complex""",
     formula=inspect.getdoc(lrurec.scan).partition("\n\n")[2]),
 "scan_backward": Exercise(30, ["scan_backward"],
