@@ -2615,22 +2615,18 @@ def test_the_disk_shows_the_circle_and_how_many_eigenvalues_are_where():
 # ---------------------------------------------------------------------------------------------
 # The front door
 
-def blocks_of_the_readme(language):
-    text = Path(HERE, "README.md").read_text("utf-8")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
-    return [block for name, block in blocks if name == language]
-
-
 def test_every_command_in_the_readme_parses():
-    text = "".join(blocks_of_the_readme(""))
-    for line in text.replace("\\\n", "").replace("&& ", "\n").splitlines():
-        if line.startswith("python train.py"):
-            command = line.partition("  #")[0].partition(">")[0]
-            with contextlib.suppress(SystemExit):                 # of --help
-                train.parse_arguments(shlex.split(command)[2:])   # raises DataError
-        elif line.startswith("python test_lrurec.py"):
-            words = shlex.split(line.partition("  #")[0])[2:]
+    readme = Path(HERE, "README.md").read_text("utf-8")
+    one_a_line = readme.replace("\\\n", "").replace("&& ", "\n")
+    commands = re.findall(r"^python (train|test_lrurec)\.py(.*?)(?:  #|>|$)", one_a_line, re.M)
+    assert len(commands) > 20
+    for file, text in commands:
+        words = shlex.split(text)
+        if file == "test_lrurec":
             assert {*words} <= {*EXERCISES, "check", "pytorch", "train", "--ml-100k", "--hint"}
+        else:
+            with contextlib.suppress(SystemExit):                 # of --help
+                train.parse_arguments(words)       # raises DataError
 
 
 def test_the_readme_s_line_counts_are_right_to_a_twentieth():
@@ -2648,8 +2644,9 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     ring = dataset(items.ravel(), range(0, 721, 12), 120)._replace(name="ml-100k")
     monkeypatch.setattr(train, "load_dataset", lambda *settings: ring)
     monkeypatch.chdir(tmp_path)
-    for block in blocks_of_the_readme("python"):
-        exec(block, {})
+    readme = Path(HERE, "README.md").read_text("utf-8")
+    block, = re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)
+    exec(block, {})
     assert {*os.listdir("runs/notebook")} == {"last.npz", "model.npz"}
 
 
