@@ -2655,15 +2655,16 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
 
 class DeviceArray(np.ndarray):
     """Operators work on it alone, NumPy's functions where the stand-in calls them."""
-    reads = 0                                      # copies to the host, each a wait for the card
+    in_stand_in = False                            # within one of its functions
+    waits = 0                                      # for the card: each copy to the host is one
     __float__ = __index__ = None                   # say .get() where one is wanted
 
     def __array_function__(self, function, types, args, options):
-        assert StandIn.working, f"{function} was given a device array"
+        assert DeviceArray.in_stand_in, f"{function} was given a device array"
         return super().__array_function__(function, types, args, options)
 
     def __array_wrap__(self, result, context=None, _=False):
-        if context and not StandIn.working:
+        if context and not DeviceArray.in_stand_in:
             function, arguments, _ = context
             assert np.ndarray not in map(type, arguments), f"{function} mixes host and device"
         return result.view(DeviceArray)
@@ -2672,23 +2673,21 @@ class DeviceArray(np.ndarray):
         return bool(self.get())
 
     def get(self):
-        DeviceArray.reads += 1
+        DeviceArray.waits += 1
         return np.array(self)
 
 
 class StandIn:
     """As much of CuPy as we use, on one thread; the two kernels are done here by the definition."""
     inf, ndarray, add = np.inf, DeviceArray, np.add
-    working = False                                # within a function of it
 
     def __getattr__(self, name):
         def call(*args, **options):
             assert np.ndarray not in map(type, args), f"{name} was given an array of the host"
-            StandIn.working = True
-            try:
-                return self.asarray(getattr(np, name)(*args, **options))
-            finally:
-                StandIn.working = False
+            DeviceArray.in_stand_in = True
+            result = getattr(np, name)(*args, **options)
+            DeviceArray.in_stand_in = False
+            return self.asarray(result)
         return call
 
     def asarray(self, x, dtype=None):
@@ -2720,6 +2719,8 @@ def test_the_gpu_and_back_gives_the_same_objects(gpu):
     before = swapped()
     gpu("gpu")
     assert not any(a is b for a, b in zip(swapped(), before))
+    with pytest.raises(AssertionError, match="zeros_like.* was given a device array"):
+        np.zeros_like(lrurec.xp.ones(3))           # the stand-in notices
     gpu("cpu")
     assert all(a is b for a, b in zip(swapped(), before))
 
@@ -2732,32 +2733,7 @@ def test_a_device_in_use_leaves_a_scan_of_ones_own_in_place_and_another_is_refus
         lrurec.use_device("tpu")
 
 
-def test_the_same_numbers_on_the_stand_in_and_no_wait_inside_a_step(gpu):
-    params, batch = tiny_params(n_items=40), batch_of(40)
-    batch[1][:15] = 0                              # a shard counts by its targets
-
-    def step_of_training(params, dropout):
-        config = {**train.DEFAULTS, "dropout": dropout, "threads": 1}
-        loss, grads = train.gradients(None, params, batch, config, 0)
-        norm = lrurec.clip_gradients(grads, 0.1)
-        lrurec.adamw_update(params, grads, lrurec.adamw_init(params), 0.01, 0.01)
-        return [loss, norm, *grads.values(), *params.values(), *everything(params, *batch)]
-
-    gpu("gpu")
-    device = {name: lrurec.xp.asarray(p) for name, p in params.items()}
-    with pytest.raises(AssertionError, match="zeros_like.* was given a device array"):
-        np.zeros_like(device["output_bias"])       # the stand-in notices
-    DeviceArray.reads = 0
-    step_of_training({name: p.copy() for name, p in device.items()}, 0.3)
-    results = step_of_training(device, 0)
-    assert DeviceArray.reads == 0, "each wait for the card costs more than the step's kernels"
-    results = [lrurec.to_host(result) for result in results]
-    gpu("cpu")
-    for a, b in zip(results, step_of_training(params, 0)):         # on the CPU in two shards
-        assert relative_error(a, b) < 1e-12
-
-
-def test_the_whole_program_runs_on_the_stand_in_and_its_model_on_the_cpu(
+def test_the_whole_program_runs_on_the_stand_in_and_no_step_waits_for_it(
         gpu, tiny, tmp_path, capsys, monkeypatch):
     def quick(work, repeat):                       # of bench: as if all took a millisecond
         if repeat != 3:                            # no training step
@@ -2765,20 +2741,23 @@ def test_the_whole_program_runs_on_the_stand_in_and_its_model_on_the_cpu(
         return 1.0
 
     monkeypatch.setattr(train, "median_ms", quick)
-    monkeypatch.setitem(train.DEFAULTS, "data", tiny[1])
+    monkeypatch.setattr(train, "DEFAULTS", {**train.DEFAULTS, "data": tiny[1], "threads": 1})
     monkeypatch.setattr("sys.stdin", io.StringIO("i3\n"))
-    out, model = tmp_path / "run", tmp_path / "run" / "model.npz"
-    for command in ([*tiny, "--out", out, "--epochs", 2, "--average", 0.9],
-                    ["--resume", out, "--epochs", 3], ["evaluate", model], ["bench"],
-                    ["recommend", model, "--user", "u3"], ["recommend", model],
-                    ["recommend", model, "i3"]):
-        threads = [] if command[0] == "recommend" else ["--threads", 1]
-        assert program(*command, "--device", "gpu", *threads) == 0
+    run, model, waits = tmp_path / "run", tmp_path / "run" / "model.npz", []
+    for command in (["--epochs", 1, "--batch-size", 9, "--average", 0.9, "--out", run],
+                    ["--epochs", 1, "--batch-size", 3, "--average", 0.9, "--out", tmp_path / "3"],
+                    ["--resume", run, "--epochs", 2], ["bench"], ["recommend", model],
+                    ["recommend", model, "--user", "u3"], ["recommend", model, "i3", "i5"],
+                    ["evaluate", model]):
+        DeviceArray.waits = 0
+        assert program(*command, "--device", "gpu") == 0
+        waits.append(DeviceArray.waits)
+    assert waits[0] == waits[1], "three times the steps, but no more waits for the card"
     printed = capsys.readouterr().out
     assert re.findall("([0-9,]+) items +8,000,000", printed) == ["1,349", "10,000", "100,000"]
     assert "  after  10000 events                  1000              1000\n" in printed
-    lrurec.use_device("cpu")
-    assert program("recommend", model, "i3") == 0
+    gpu("cpu")
+    assert program("recommend", model, "i3", "i5") == program("evaluate", model) == 0
     assert printed.endswith(capsys.readouterr().out)
 
 
