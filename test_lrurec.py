@@ -2336,7 +2336,10 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(model):
 def test_report_and_screen_show_the_metrics_of_the_saved_model_and_of_the_baselines(model, capsys):
     assert program("--resume", model.parent) == program("evaluate", model) == 0
     printed, report = capsys.readouterr().out, report_in(model.parent)
-    (params, _), data = train.read_model(model), train.load_data(report["config"])
+    params, _ = train.read_model(model)
+    data = reader.load_dataset(report["config"]["data"], 2, "random", 3, "who,what,when",
+                               delimiter=";")
+    assert data.report[0] in printed and f"best epoch {report['epoch']}, " in printed
     assert report["data"] == {"name": data.name, "users": 30, "items": 41, "events": 362,
                               "digest": data.digest}
     scorer, baselines = train.model_scorer(params), train.baseline_scorers(data)
@@ -2486,10 +2489,10 @@ def test_the_same_data_may_come_from_another_place_but_no_other_data(tiny, tmp_p
     assert "toy.csv is not there any more: say where it is with --data" in refused("--resume", run)
     assert program("--resume", run, "--epochs", 2, "--data", moved, "--batch-size", "none") == 0
     assert report_in(run)["config"]["data"] == str(moved)
-    write(moved, moved.read_text() + "\nu0,i0,99")
+    other = write(tmp_path / "other.csv", moved.read_text() + "\nu0,i0,99")
     for command in (["--resume", run], ["evaluate", run / "model.npz"],
                     ["recommend", run / "model.npz", "--all-users"]):
-        assert "has other events than the training had" in refused(*command, "--data", moved)
+        assert "has other events than the training had" in refused(*command, "--data", other)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2562,11 +2565,11 @@ def test_recommend_for_users_of_the_data_as_csv(rank_seen, model, tmp_path, caps
     histories = {user: [data.item_ids[v] for v in events]
                  for user, events in zip(data.user_ids, reader.full_histories(data))}
     for flags, users in ((["--all-users"], histories), (["--user", "u7"], ["u7"])):
-        assert program("recommend", path, *flags, "--top", 2) == 0
+        assert program("recommend", path, *flags, "--top", 40) == 0
         head, *rows = csv.reader(capsys.readouterr().out.splitlines())
         assert head == ["user", "rank", "item", "title", "score"]
         assert [[*row[:4], float(row[4])] for row in rows] == [
-            [user, *row] for user in users for row in best_after(path, histories[user], 2)]
+            [user, *row] for user in users for row in best_after(path, histories[user], 40)]
 
 
 @pytest.mark.parametrize("part, name, value", [
