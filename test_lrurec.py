@@ -2601,12 +2601,14 @@ def test_compare_prints_each_run_the_mean_and_the_deviation_but_not_of_other_dat
             in refused("compare", "a", "other"))
 
 
-def test_inspect_prints_sizes_and_half_lives_of_each_block(model, tmp_path, capsys):
-    nu_log = np.log(np.log(2) / np.array([1, 3, *14 * [2]]))      # |lam| = exp(-exp(nu_log))
+def test_inspect_prints_sizes_half_lives_and_the_disk_of_each_block(model, tmp_path, capsys):
+    nu_log = np.log(np.log(2) / np.arange(1, 17))  # |lam| = exp(-exp(nu_log)): half-lives 1 to 16
     path = edited(model, tmp_path / "m.npz", "arrays", "blocks.1.lru.nu_log", nu_log)
     assert program("inspect", path) == 0
-    assert ("block 1: mean |lam| 0.6996 (from 0.50 to 0.79); half-life in events: median 2.00, "
-            "10 % below 2.00, 10 % above 2.00, longest 3.0\n") in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("block 1: mean |lam| 0.8737 (from 0.50 to 0.96); half-life in events: median 8.50, "
+            "10 % below 2.50, 10 % above 14.50, longest 16.0\n") in out
+    assert len(out.splitlines()) == 1 + 2 * (1 + 21)
 
 
 def test_the_disk_shows_the_circle_and_how_many_eigenvalues_are_where():
