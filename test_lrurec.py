@@ -2339,7 +2339,8 @@ def test_report_and_screen_show_the_metrics_of_the_saved_model_and_of_the_baseli
     params, _ = train.read_model(model)
     data = reader.load_dataset(report["config"]["data"], 2, "random", 3, "who,what,when",
                                delimiter=";")
-    assert data.report[0] in printed and f"best epoch {report['epoch']}, " in printed
+    for text in data.report[0], f"best epoch {report['epoch']}, ", "LRURec, standard error over 30 ":
+        assert text in printed
     assert report["data"] == {"name": data.name, "users": 30, "items": 41, "events": 362,
                               "digest": data.digest}
     scorer, baselines = train.model_scorer(params), train.baseline_scorers(data)
