@@ -1875,12 +1875,13 @@ def test_an_item_without_a_title_has_its_id(tmp_path):
 def test_the_report_says_what_was_read_and_dropped(tmp_path):
     path = write(tmp_path / "f", "user,iid,ts\n1,10,2001-09-08\n1,9,2001-09-09\n1,8,2001-09-09\n"
                                  "1,9,2001-09-10\n1,7,2001-09-11\n1,9,2001-09-12\n2,9,2001-09-12\n"
-                                 "2,10,2001-09-13\n2,8,2001-09-14T03:46+02:00\n3,8,2002-01-01\n")
+                                 "2,10,2001-09-13\n2,8,2001-09-14T03:46+02:00\n"
+                                 "3,5,2002-01-01\n3,8,2002-01-01\n4,8,2002-01-01\n5,8,2002-01-01\n")
     assert reader.load_dataset(path, min_count=2).report == (
         "columns: user from user, item from iid, time from ts",
         "first event: '1', '10', '2001-09-08'",
         f"{path}: 2 users, 3 items, 7 events from 2001-09-08 00:00 to 2001-09-14 01:46",
-        "dropped: 1 repeats; 1 events of items and 1 events of users with fewer than 2",
+        "dropped: 1 repeats; 2 events of items and 3 events of users with fewer than 2",
         "20% of events have the same time as their user's previous event",
         "1 of 2 test items are already in their user's history: they count as misses without "
         "--rank-seen")
@@ -1889,7 +1890,7 @@ def test_the_report_says_what_was_read_and_dropped(tmp_path):
 def test_times_that_look_like_seconds_or_milliseconds_are_shown_as_dates():
     assert reader.dates(1334448000, 1334534400) == ["2012-04-15 00:00", "2012-04-16 00:00"]
     assert reader.dates(1334448000000, 1334534400000) == ["2012-04-15 00:00", "2012-04-16 00:00"]
-    assert reader.dates(20120415.0, 20120416.0) == ["20120415", "20120416"]
+    assert reader.dates(20120415.0, 1334448000.0) == ["20120415", "1334448000"]
 
 
 @pytest.mark.parametrize("raw_ids, ascending", [
