@@ -2018,6 +2018,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache, capsys):
     ({"epohcs": 3}, "no setting 'epohcs': choose from"), ({"epochs": None}, "got None"),
     ({"lr": math.nan}, "--lr must be a number >= 0.0 .got nan."), ({"lr": math.inf}, "got inf"),
     ({"dropout": 1}, "--dropout must be a number from 0.0 to 0.99 .got 1."),
+    ({"max_len": 10 ** 20}, "--max-len must be an integer from 1 to 2147483647 .got 1000000"),
     ({"rank_seen": "no"}, "--rank-seen must be True or False .got 'no'"),
     ({"data": "ml100k"}, "ml100k is not a file; known by name are ml-100k and ml-1m"),
     ({"ties": "no"}, "ties must be one of item, file, random .got 'no'"),
@@ -2062,6 +2063,9 @@ def test_only_four_settings_of_a_run_may_differ_when_it_is_resumed():
     ("evaluate no", "no: No such file or directory: give the model.npz of a run"),
     ("inspect .", ". is a folder: give "),
     ("inspect last.npz", "last.npz is for --resume alone): give the model.npz of a run"),
+    ("compare no", "metrics.json: No such file or directory: give the folders of finished runs"),
+    ("recommend model.npz --user u1 --all-users", "give titles or ids, or --user, or --all-users"),
+    ("recommend model.npz --top 0 i3", "--top must be an integer >= 1 (got 0)"),
     ("recommend model.npz i3 --data f", "--data goes with --user or --all-users"),
     ("recommend model.npz --user no", "no user 'no' among those of ")])
 def test_a_mistake_is_one_line_and_leaves_nothing(words, message, model, refused, monkeypatch):
