@@ -2302,8 +2302,7 @@ def test_a_run_that_ends_in_an_epoch_keeps_those_before_and_goes_on(
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 @pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGINT", 130), ("closed pipe", 2)])
-def test_a_process_that_is_ended_goes_on_to_the_same_bits(
-        how, code, flags, model, tmp_path):
+def test_a_process_that_is_ended_goes_on_to_the_same_bits(how, code, flags, model, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job ignores it
     run = tmp_path / "the run"
     command = [sys.executable, "train.py", *flags, "--threads", "2", "--out", str(run)]
